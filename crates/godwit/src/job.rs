@@ -1,0 +1,292 @@
+//! What an agent and the worker of one migration say to each other.
+//!
+//! The agent writes a [`Job`] to `<migration directory>/job.json` and starts `godwit worker <migration directory>`.
+//! The worker then owns the migration: it binds `worker.sock` in that directory, appends every [`Event`] to
+//! `events.ndjson`, and writes the final [`Report`] to `report.json` before it ends. Whoever connects to `worker.sock`
+//! gets one JSON event a line, from the first on, and may write one JSON [`Command`] a line. A restarted agent reads
+//! the files and connects again; nothing else ties the two processes together.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use godwit_qemu::machine::Spec;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// The file in which the agent leaves the job.
+pub const JOB_FILE: &str = "job.json";
+/// The socket of a running worker: NDJSON events out, NDJSON commands in.
+pub const WORKER_SOCKET: &str = "worker.sock";
+/// The socket (SOCK_SEQPACKET) to which the target's agent passes accepted TCP connections by SCM_RIGHTS.
+pub const ACCEPT_SOCKET: &str = "accept.sock";
+/// All events so far, one JSON object a line.
+pub const EVENTS_FILE: &str = "events.ndjson";
+/// The final report; its presence means that the worker is done.
+pub const REPORT_FILE: &str = "report.json";
+
+/// Everything a worker needs to know; complete, so that a worker never asks its agent anything.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Job {
+    /// Names the migration at both hosts; also the TLS server name that routes connections (`m-<id>`).
+    pub id: String,
+    /// Which side this worker is.
+    pub role: Role,
+    /// The machine as this host runs it.
+    pub spec: Spec,
+    /// The machine's directory at this host; the token record lives there.
+    pub machine_dir: PathBuf,
+    /// QEMU's QMP socket that the worker may have for itself.
+    pub qmp: PathBuf,
+    /// QEMU's process.
+    pub pid: i32,
+    /// This host's name, as in its certificate.
+    pub host: String,
+    /// The other host's name; its certificate must carry it.
+    pub peer: String,
+    /// Where the other agent listens (source only).
+    pub peer_address: Option<SocketAddr>,
+    /// Directory with `ca.pem`, `host.pem`, `host.key`.
+    pub identity_dir: PathBuf,
+    /// The epoch that this migration tries to hand over.
+    pub epoch: u64,
+    /// What the operator chose.
+    pub options: Options,
+}
+
+/// Which end of a migration.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Has the machine.
+    Source,
+    /// Is to get it.
+    Target,
+}
+
+/// What the operator chose for a migration; the same object in the API, on the wire and in the job.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Limit on what the migration sends, bytes per second; `None`: what the link gives.
+    pub bandwidth_bytes_per_second: Option<u64>,
+    /// The pause to aim at, STOP to RESUME.
+    pub downtime_target_ms: u64,
+    /// When to stop the guest.
+    pub stop_policy: StopPolicyName,
+    /// Memory for delta bases at the source; `None`: a quarter of the guest's memory.
+    pub base_limit_bytes: Option<u64>,
+    /// Leave the machine paused at the target, whatever it did before.
+    pub leave_paused: bool,
+    /// `full` rereads both memories while both are paused; a test's tool, it lengthens the pause.
+    pub verify: Verify,
+    /// Bulk TCP connections, 1 to 8.
+    pub connections: u8,
+    /// Announce the guest's addresses at the target right after the stop, before it runs (CloudNet, 6.4.1.4).
+    pub early_announce: bool,
+    /// Read pages from QEMU's stream even where its memory could be read.
+    pub inline: bool,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            bandwidth_bytes_per_second: None,
+            downtime_target_ms: 50,
+            stop_policy: StopPolicyName::Gate,
+            base_limit_bytes: None,
+            leave_paused: false,
+            verify: Verify::Digest,
+            connections: 1,
+            early_announce: false,
+            inline: false,
+        }
+    }
+}
+
+/// The stop policies a user can name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum StopPolicyName {
+    /// Stop when the predicted pause meets the target, or at its local minimum.
+    Gate,
+    /// CloudNet's Smart Stop: after pages sent and dirtied cross, the minimum over a sliding window.
+    SmartStop,
+}
+
+/// How the target's memory is checked before it may run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Verify {
+    /// Every batch carries a chained digest of what it decodes to.
+    Digest,
+    /// Besides, both memories are read again and compared while both are paused.
+    Full,
+}
+
+/// What a worker can be told while it runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", tag = "command")]
+pub enum Command {
+    /// Give up; the guest goes on at the source. Too late once the token has left.
+    Cancel,
+    /// Change the bandwidth limit.
+    SetBandwidth {
+        /// Bytes per second; `None` lifts the limit.
+        bytes_per_second: Option<u64>,
+    },
+}
+
+/// One thing that happened, with the host's clock.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Event {
+    /// Milliseconds since the Unix epoch, at the host that says it.
+    pub at_unix_ms: u64,
+    /// What happened.
+    #[serde(flatten)]
+    pub what: Happening,
+}
+
+/// What a worker reports while it runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case", tag = "event")]
+pub enum Happening {
+    /// The worker is up; a target now takes connections.
+    Ready,
+    /// A new phase began.
+    Phase {
+        /// The phase.
+        phase: Phase,
+    },
+    /// How far it is; a few times a second.
+    Progress(Progress),
+    /// Something the operator should know; the migration goes on.
+    Warning {
+        /// One line.
+        message: String,
+    },
+    /// The end, for better or worse; the last event of a worker.
+    Finished(Box<Report>),
+}
+
+/// The phases of a migration, in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Connecting, comparing, opening QEMU's stream.
+    Preparing,
+    /// The guest runs at the source while its memory is sent.
+    PreCopy,
+    /// The guest is stopped; the last flight is under way.
+    Switchover,
+    /// The token has left; the target loads and verifies.
+    HandedOver,
+    /// Over.
+    Done,
+}
+
+/// A snapshot for people and for `--json`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Progress {
+    /// Pages that the target has in their newest known version.
+    pub pages_settled: u64,
+    /// Pages of the machine that migrate.
+    pub pages_total: u64,
+    /// Pages still owed.
+    pub pages_owed: u64,
+    /// Bytes put on the wire so far.
+    pub wire_bytes: u64,
+    /// Measured rate of the link, bytes per second.
+    pub rate_bytes_per_second: u64,
+    /// Pages the guest dirties a second.
+    pub dirty_pages_per_second: u64,
+    /// The pause if the guest were stopped now.
+    pub predicted_downtime_ms: Option<u64>,
+    /// Time until the machine runs at the target, if the guest goes on as it does.
+    pub predicted_remaining_ms: Option<u64>,
+}
+
+/// How a migration ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// The machine lives at the target.
+    Completed,
+    /// The operator gave up; the machine is where it was.
+    Cancelled,
+    /// Something failed; the machine is where it was.
+    Failed,
+    /// The token left and no answer came; only the target may know. `detail` says what to do.
+    Unsettled,
+}
+
+/// The account of a finished migration.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Report {
+    /// The migration.
+    pub id: String,
+    /// The machine's name.
+    pub machine: String,
+    /// Which side wrote this.
+    pub role: Role,
+    /// From.
+    pub source: String,
+    /// To.
+    pub target: String,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// One line: why, when it isn't `completed`.
+    pub detail: Option<String>,
+    /// The host on which the machine is now.
+    pub machine_is_at: Option<String>,
+    /// From the worker's start to the machine running at the target.
+    pub total_ms: u64,
+    /// STOP at the source to RESUME at the target, by the clocks of both QEMUs. Meaningful as far as the hosts' clocks
+    /// agree; `downtime_source_ms` needs one clock only.
+    pub downtime_ms: Option<f64>,
+    /// STOP at the source to the arrival of the target's "running", less half a round trip; one clock.
+    pub downtime_source_ms: Option<f64>,
+    /// Smallest round trip seen by the session.
+    pub round_trip_ms: Option<f64>,
+    /// What the prediction said when the stop was decided.
+    pub predicted_downtime_ms: Option<u64>,
+    /// Payload put on the wire by the session, TLS and TCP headers excluded.
+    pub wire_bytes: u64,
+    /// Bytes of memory batches before compression and after, by technique.
+    pub techniques: Techniques,
+    /// Bytes of QEMU's own sections, compressed.
+    pub device_state_bytes: u64,
+    /// Passes over the guest's memory that QEMU's stream made.
+    pub passes: u64,
+    /// Versions of pages that QEMU named.
+    pub versions_named: u64,
+    /// Versions that were never sent because a newer one came first.
+    pub versions_coalesced: u64,
+    /// Pages sent after STOP.
+    pub pages_in_pause: u64,
+    /// Peak resident memory of this worker.
+    pub peak_memory_bytes: u64,
+    /// CPU time of this worker.
+    pub cpu_seconds: f64,
+    /// Result of `--verify full`: pages compared and found equal.
+    pub pages_verified: Option<u64>,
+}
+
+/// Pages and bytes by the form in which they travelled.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Techniques {
+    /// Pages that were all zero.
+    pub zero_pages: u64,
+    /// Pages that the target had elsewhere.
+    pub reference_pages: u64,
+    /// Pages of which at least one 1 KiB block was a reference.
+    pub partial_reference_pages: u64,
+    /// Pages sent as a delta.
+    pub delta_pages: u64,
+    /// Bytes of deltas before compression.
+    pub delta_bytes: u64,
+    /// Pages sent whole.
+    pub literal_pages: u64,
+    /// Bytes of literals before compression.
+    pub literal_bytes: u64,
+    /// Bytes of all batches as sent.
+    pub batch_bytes: u64,
+}
