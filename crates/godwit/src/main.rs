@@ -1,2 +1,4 @@
 //! To be written.
+mod job;
+mod worker;
 fn main() {}
