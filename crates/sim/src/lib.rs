@@ -1,1 +1,23 @@
-//! To be written.
+//! Two hosts, a link and a guest on one machine: what demos, tests and benches run on.
+//!
+//! | module | for |
+//! |---|---|
+//! | [`link`] | one direction of a link in virtual time: rate, queue, delay, jitter, loss, cut; no I/O, no clock |
+//! | [`relay`] | the shell around it: a thread that joins two TAP interfaces by two such links |
+//! | [`namespace`] | doing something inside a network namespace |
+//! | [`lab`] | the whole set-up: host a, host b, the link between them, and the network of the guests |
+//! | [`guest_image`] | the kernel and initramfs that test guests boot |
+//! | [`observer`] | a client outside the guest: its progress, its beat, its memory check |
+//! | [`qmp`] | a small blocking QMP client, independent of the product's own |
+//!
+//! Nothing of the product depends on this crate (its tests do), and this crate depends on nothing of the product:
+//! what it measures can't be wrong in the same way. It needs root, for network namespaces and TAPs.
+
+pub mod guest_image;
+pub mod lab;
+pub mod link;
+pub mod namespace;
+pub mod observer;
+pub mod qmp;
+pub mod relay;
+pub mod tap;

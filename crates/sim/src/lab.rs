@@ -1,0 +1,357 @@
+//! Two hosts, the link between them, and the guests' network, in three network namespaces.
+//!
+//! ```text
+//!    gw<pid>-<n>-a                    relay                    gw<pid>-<n>-b
+//!    wan0 10.77.0.1/24 ◄── rate, delay, jitter, loss, cut ──► wan0 10.77.0.2/24
+//!    br0: lan0, guests' TAPs                                  br0: lan0, guests' TAPs
+//!           │                                                        │
+//!           └─ veth ──► a0    br0 10.78.0.1/24    b0 ◄── veth ───────┘
+//!                             gw<pid>-<n>-lan (clients)
+//! ```
+//!
+//! The guests' network is one undelayed Ethernet, so a machine keeps its address when it moves. What crosses `wan0` is
+//! what a migration costs. Everything, processes included, goes when the [`Lab`] is dropped, at Ctrl-C and SIGTERM,
+//! and, had the process been killed, when the next lab is made.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::atomic::{AtomicU32, Ordering},
+};
+
+use serde::Serialize;
+use thiserror::Error;
+
+use crate::{
+    link::Shape,
+    namespace::{EnterError, Namespace},
+    relay::{Relay, RelayStatistics},
+    tap::Tap,
+};
+
+mod cleanup;
+mod ip;
+mod process;
+
+pub use process::Process;
+
+/// The bridge of the guests' network, at every place.
+pub const GUEST_BRIDGE: &str = "br0";
+/// The interface of the migration network, at both hosts.
+pub const MIGRATION_INTERFACE: &str = "wan0";
+/// The address of [`Place::Lan`] in the guests' network, where clients are.
+pub const CLIENT_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 1);
+/// Addresses of guests are this one and those after it; the prefix has 24 bits.
+pub const FIRST_GUEST_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 78, 0, 10);
+
+/// A place in the lab.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// The first host.
+    A,
+    /// The second host.
+    B,
+    /// The guests' network, outside both hosts.
+    Lan,
+}
+
+impl Place {
+    const ALL: [Place; 3] = [Place::A, Place::B, Place::Lan];
+
+    /// `a`, `b` or `lan`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Place::A => "a",
+            Place::B => "b",
+            Place::Lan => "lan",
+        }
+    }
+
+    /// The address to use for this place from another one: of a host in the migration network, of the clients in the
+    /// guests' network.
+    pub fn address(self) -> IpAddr {
+        match self {
+            Place::A => Ipv4Addr::new(10, 77, 0, 1),
+            Place::B => Ipv4Addr::new(10, 77, 0, 2),
+            Place::Lan => CLIENT_ADDRESS,
+        }
+        .into()
+    }
+}
+
+/// A lab couldn't be made or used.
+#[derive(Debug, Error)]
+pub enum LabError {
+    /// Namespaces and TAPs need it.
+    #[error("the lab makes network namespaces and needs root")]
+    NotRoot,
+    /// `ip` isn't there or couldn't be started.
+    #[error("cannot run ip (package iproute2)")]
+    Ip(#[source] io::Error),
+    /// `ip` refused something.
+    #[error("ip {arguments} failed: {message}")]
+    IpRefused {
+        /// What it was asked.
+        arguments: String,
+        /// What it said.
+        message: String,
+    },
+    /// A namespace is gone, or may not be entered.
+    #[error(transparent)]
+    Enter(#[from] EnterError),
+    /// Anything else.
+    #[error("cannot {what}")]
+    Io {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+impl LabError {
+    fn io(what: impl Into<String>) -> impl FnOnce(io::Error) -> LabError {
+        let what = what.into();
+        move |source| LabError::Io { what, source }
+    }
+}
+
+/// What the migration network has carried since the lab was made, as the hosts' interfaces counted it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct WireBytes {
+    /// Sent by host a.
+    pub a_to_b: u64,
+    /// Sent by host b.
+    pub b_to_a: u64,
+}
+
+impl WireBytes {
+    /// Both directions together.
+    pub fn total(self) -> u64 {
+        self.a_to_b + self.b_to_a
+    }
+
+    /// What was carried after `earlier`.
+    pub fn since(self, earlier: WireBytes) -> WireBytes {
+        WireBytes { a_to_b: self.a_to_b - earlier.a_to_b, b_to_a: self.b_to_a - earlier.b_to_a }
+    }
+}
+
+/// Two hosts and a link; see the module's page.
+#[derive(Debug)]
+pub struct Lab {
+    relay: Option<Relay>,
+    remains: cleanup::Remains,
+}
+
+impl Lab {
+    /// Removes what dead processes left, then makes a lab whose link has `shape` in both directions.
+    ///
+    /// # Errors
+    /// Without root or `ip`; whatever had been made is removed again.
+    pub fn new(shape: Shape) -> Result<Lab, LabError> {
+        if !nix::unistd::geteuid().is_root() {
+            return Err(LabError::NotRoot);
+        }
+        cleanup::remove_stale();
+        static MADE: AtomicU32 = AtomicU32::new(0);
+        let number = MADE.fetch_add(1, Ordering::Relaxed);
+        let remains = cleanup::Remains::register(std::process::id(), number)
+            .map_err(LabError::io("watch for Ctrl-C"))?;
+        let mut lab = Lab { relay: None, remains };
+        std::fs::create_dir_all(lab.directory()).map_err(LabError::io("make the lab's directory"))?;
+        lab.make_guest_network()?;
+        lab.make_migration_network(shape)?;
+        Ok(lab)
+    }
+
+    /// A scratch directory that goes with the lab. Its path is short enough for unix sockets.
+    pub fn directory(&self) -> &Path {
+        self.remains.directory()
+    }
+
+    /// The directory of one place within [`Lab::directory`], made on first use.
+    ///
+    /// # Errors
+    /// When it can't be made.
+    pub fn directory_of(&self, place: Place) -> Result<PathBuf, LabError> {
+        let directory = self.directory().join(place.name());
+        std::fs::create_dir_all(&directory).map_err(LabError::io("make a host's directory"))?;
+        Ok(directory)
+    }
+
+    /// The namespace of a place; [`Namespace::run`] opens sockets there.
+    pub fn namespace(&self, place: Place) -> Namespace {
+        self.remains.namespace(place)
+    }
+
+    /// Starts `command` at `place`. Its output goes to `<name>.log` in the directory of the place unless the caller
+    /// has said otherwise (`log` false); its standard input is empty.
+    ///
+    /// # Errors
+    /// When it can't be started.
+    pub fn spawn(
+        &self,
+        place: Place,
+        name: &str,
+        command: &mut Command,
+        log: bool,
+    ) -> Result<Process, LabError> {
+        command.stdin(Stdio::null());
+        if log {
+            let path = self.directory_of(place)?.join(format!("{name}.log"));
+            let append = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+            let out = append.map_err(LabError::io(format!("write {}", path.display())))?;
+            let err = out.try_clone().map_err(LabError::io("share a log"))?;
+            command.stdout(out).stderr(err);
+        }
+        let child = self.namespace(place).run(|| command.spawn())?;
+        Ok(Process::new(child.map_err(LabError::io(format!("start {name}")))?))
+    }
+
+    /// Makes a TAP for a guest at a host and joins it to [`GUEST_BRIDGE`]; QEMU opens it by its name.
+    ///
+    /// # Errors
+    /// When the name is taken or longer than 15 bytes.
+    pub fn make_guest_tap(&self, host: Place, name: &str) -> Result<(), LabError> {
+        ip::batch(
+            &self.namespace(host),
+            &format!("tuntap add dev {name} mode tap\nlink set {name} master {GUEST_BRIDGE} up\n"),
+        )
+    }
+
+    /// Removes a TAP made by [`Lab::make_guest_tap`].
+    ///
+    /// # Errors
+    /// When there is none of that name.
+    pub fn remove_guest_tap(&self, host: Place, name: &str) -> Result<(), LabError> {
+        ip::batch(&self.namespace(host), &format!("link del {name}\n"))
+    }
+
+    /// What the migration network has carried so far: the interfaces' own counters, the same for whoever sends.
+    ///
+    /// # Errors
+    /// When the counters can't be read.
+    pub fn wire_bytes(&self) -> Result<WireBytes, LabError> {
+        let sent = |place| ip::sent_bytes(&self.namespace(place), MIGRATION_INTERFACE);
+        Ok(WireBytes { a_to_b: sent(Place::A)?, b_to_a: sent(Place::B)? })
+    }
+
+    /// Shapes the link anew, both directions alike.
+    pub fn reshape(&self, shape: &Shape) {
+        self.relay().reshape(shape);
+    }
+
+    /// Cuts the link between the hosts; the guests' network stays.
+    pub fn cut(&self) {
+        self.relay().cut();
+    }
+
+    /// Ends a cut.
+    pub fn restore(&self) {
+        self.relay().restore();
+    }
+
+    /// What the relay did and used.
+    pub fn relay_statistics(&self) -> RelayStatistics {
+        self.relay().statistics()
+    }
+
+    fn relay(&self) -> &Relay {
+        self.relay.as_ref().expect("a lab is only handed out with its relay running")
+    }
+
+    fn make_guest_network(&self) -> Result<(), LabError> {
+        for place in Place::ALL {
+            ip::run(&["netns", "add", self.namespace(place).name()])?;
+            self.namespace(place).run(ip::quieten)?;
+            ip::batch(
+                &self.namespace(place),
+                "link set lo up\nlink add br0 type bridge forward_delay 0\nlink set br0 up\n",
+            )?;
+        }
+        let lan = self.namespace(Place::Lan);
+        for host in [Place::A, Place::B] {
+            let port = format!("{}0", host.name());
+            ip::batch(
+                &self.namespace(host),
+                &format!(
+                    "link add lan0 type veth peer name {port} netns {}\nlink set lan0 master br0 up\n",
+                    lan.name()
+                ),
+            )?;
+            ip::batch(&lan, &format!("link set {port} master br0 up\n"))?;
+        }
+        ip::batch(&lan, &format!("addr add {CLIENT_ADDRESS}/24 dev br0\n"))
+    }
+
+    fn make_migration_network(&mut self, shape: Shape) -> Result<(), LabError> {
+        let [first, second] = [Place::A, Place::B].map(|host| {
+            let tap = self.namespace(host).run(|| Tap::create(MIGRATION_INTERFACE))?;
+            let tap = tap.map_err(LabError::io("make a TAP"))?;
+            let address = host.address();
+            ip::batch(
+                &self.namespace(host),
+                &format!("addr add {address}/24 dev wan0\nlink set wan0 txqueuelen 1000 up\n"),
+            )?;
+            Ok::<Tap, LabError>(tap)
+        });
+        let relay = Relay::start(first?, second?, shape).map_err(LabError::io("start the relay"))?;
+        self.relay = Some(relay);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{Read, Write},
+        net::{TcpListener, TcpStream},
+        time::{Duration, Instant},
+    };
+
+    use super::*;
+
+    /// Without root there is no lab; the check of the whole runs as root and says when it couldn't.
+    fn lab(shape: Shape) -> Option<Lab> {
+        match Lab::new(shape) {
+            Err(LabError::NotRoot) => None,
+            made => Some(made.unwrap()),
+        }
+    }
+
+    #[test]
+    fn bytes_cross_the_link_and_are_counted() {
+        let Some(lab) = lab(Shape::symmetric(100, Duration::from_millis(20))) else { return };
+        let listener =
+            lab.namespace(Place::B).run(|| TcpListener::bind((Place::B.address(), 7000))).unwrap().unwrap();
+        let before = lab.wire_bytes().unwrap();
+        let started = Instant::now();
+        let mut sender =
+            lab.namespace(Place::A).run(|| TcpStream::connect((Place::B.address(), 7000))).unwrap().unwrap();
+        // SYN there and SYN+ACK back: the link delays, whatever the machine is doing.
+        assert!(started.elapsed() >= Duration::from_millis(20));
+        let (mut receiver, _) = listener.accept().unwrap();
+        let reader = std::thread::spawn(move || {
+            let mut all = Vec::new();
+            receiver.read_to_end(&mut all).map(|_| all.len())
+        });
+        sender.write_all(&vec![7; 1 << 20]).unwrap();
+        drop(sender);
+        assert_eq!(reader.join().unwrap().unwrap(), 1 << 20);
+        assert!(lab.wire_bytes().unwrap().since(before).a_to_b > 1 << 20);
+    }
+
+    #[test]
+    fn nothing_is_left_when_a_lab_goes() {
+        let Some(lab) = lab(Shape::UNSHAPED) else { return };
+        let (namespace, directory) = (lab.namespace(Place::A), lab.directory().to_owned());
+        let mut sleeper = lab.spawn(Place::A, "sleep", Command::new("sleep").arg("600"), true).unwrap();
+        assert!(namespace.path().exists() && directory.exists());
+        drop(lab);
+        assert!(!namespace.path().exists() && !directory.exists());
+        assert!(!sleeper.wait_for(Duration::from_secs(5)).unwrap().unwrap().success());
+    }
+}

@@ -1,0 +1,61 @@
+//! `ip`, the command of iproute2, inside namespaces.
+
+use std::{
+    io::Write,
+    process::{Command, Output, Stdio},
+};
+
+use super::LabError;
+use crate::namespace::Namespace;
+
+pub(super) fn run(arguments: &[&str]) -> Result<String, LabError> {
+    let output = Command::new("ip").args(arguments).stdin(Stdio::null()).output().map_err(LabError::Ip)?;
+    accept(output, || arguments.join(" "))
+}
+
+/// Runs one `ip` command a line, in one process.
+pub(super) fn batch(namespace: &Namespace, lines: &str) -> Result<(), LabError> {
+    let arguments = ["-n", namespace.name(), "-batch", "-"];
+    let mut child = Command::new("ip")
+        .args(arguments)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(LabError::Ip)?;
+    let mut stdin = child.stdin.take().expect("was asked for");
+    stdin.write_all(lines.as_bytes()).map_err(LabError::Ip)?;
+    drop(stdin);
+    accept(child.wait_with_output().map_err(LabError::Ip)?, || lines.trim().replace('\n', "; ")).map(|_| ())
+}
+
+fn accept(output: Output, arguments: impl FnOnce() -> String) -> Result<String, LabError> {
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let message = String::from_utf8_lossy(&output.stderr).trim().replace('\n', "; ");
+    Err(LabError::IpRefused { arguments: arguments(), message })
+}
+
+/// Bytes that an interface has sent.
+pub(super) fn sent_bytes(namespace: &Namespace, interface: &str) -> Result<u64, LabError> {
+    let arguments = ["-n", namespace.name(), "-json", "-statistics", "link", "show", "dev", interface];
+    let shown: serde_json::Value = serde_json::from_str(&run(&arguments)?).unwrap_or_default();
+    shown[0]["stats64"]["tx"]["bytes"].as_u64().ok_or_else(|| LabError::IpRefused {
+        arguments: arguments.join(" "),
+        message: "no stats64.tx.bytes in the answer".into(),
+    })
+}
+
+/// Makes the calling thread's namespace say nothing by itself, and keep nothing of one connection for the next: the
+/// counters are to show the contenders' bytes, and no contender is to profit from the one before it.
+pub(super) fn quieten() {
+    for (setting, value) in [
+        ("ipv6/conf/all/disable_ipv6", "1"),
+        ("ipv6/conf/default/disable_ipv6", "1"),
+        ("ipv4/tcp_no_metrics_save", "1"),
+    ] {
+        // A kernel without IPv6 lacks the first two; then there is nothing to silence.
+        let _ = std::fs::write(format!("/proc/sys/net/{setting}"), value);
+    }
+}
