@@ -1,1 +1,94 @@
-//! To be written.
+//! Where a machine's RAM blocks are in its QEMU's address space, as `info ramblock` tells.
+
+/// A RAM block of a running QEMU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RamBlockAddress {
+    /// QEMU's name, such as `pc.ram`; the migration stream uses the same one.
+    pub name: String,
+    /// Size of the host pages behind it.
+    pub page_bytes: u64,
+    /// Where it is in QEMU's own numbering of RAM (not a guest address).
+    pub offset: u64,
+    /// Its size now; what the migration stream lists.
+    pub used_bytes: u64,
+    /// The size that it can grow to.
+    pub total_bytes: u64,
+    /// Where it begins in the process.
+    pub host_address: u64,
+}
+
+/// The answer to `info ramblock` isn't what was expected.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RamBlockError {
+    /// There is no such column before QEMU 8.
+    #[error("\"info ramblock\" has no column HVA, so QEMU is too old: \"{0}\"")]
+    NoHostAddress(String),
+    /// A line that isn't a block.
+    #[error("\"info ramblock\" line not understood: \"{0}\"")]
+    Line(String),
+}
+
+/// Reads the answer to the monitor command `info ramblock` (through QMP: `human-monitor-command`).
+///
+/// The order is QEMU's list, largest block first; blocks that don't migrate are in it too. Match them with the stream's
+/// list by name, never by position.
+///
+/// ```
+/// let answer = "\
+///               Block Name    PSize              Offset               Used              Total                HVA  RO\r
+///                   pc.ram    4 KiB  0x0000000000000000 0x0000000004000000 0x0000000004000000 0x00007f4a5be00000  rw\r
+/// ";
+/// let blocks = godwit_qemu::ramblock::parse(answer)?;
+/// assert_eq!((blocks[0].name.as_str(), blocks[0].used_bytes), ("pc.ram", 64 << 20));
+/// assert_eq!(blocks[0].host_address, 0x7f4a_5be0_0000);
+/// # Ok::<(), godwit_qemu::ramblock::RamBlockError>(())
+/// ```
+///
+/// # Errors
+/// The heading lacks the host address, or a line can't be read; the error quotes it.
+pub fn parse(answer: &str) -> Result<Vec<RamBlockAddress>, RamBlockError> {
+    let mut lines = answer.lines().map(str::trim_end).filter(|line| !line.is_empty());
+    let heading = lines.next().unwrap_or_default();
+    if !heading.split_whitespace().any(|column| column == "HVA") {
+        return Err(RamBlockError::NoHostAddress(heading.trim_start().to_owned()));
+    }
+    lines.map(|line| block(line).ok_or_else(|| RamBlockError::Line(line.trim_start().to_owned()))).collect()
+}
+
+/// From the right, because only the name, which comes first, can have spaces in it.
+fn block(line: &str) -> Option<RamBlockAddress> {
+    let (rest, _read_only) = last_field(line)?;
+    let (rest, host_address) = last_field(rest)?;
+    let (rest, total) = last_field(rest)?;
+    let (rest, used) = last_field(rest)?;
+    let (rest, offset) = last_field(rest)?;
+    let (rest, unit) = last_field(rest)?;
+    let (name, number) = last_field(rest)?;
+    Some(RamBlockAddress {
+        name: name.trim_start().to_owned(),
+        page_bytes: size(number, unit)?,
+        offset: hexadecimal(offset)?,
+        used_bytes: hexadecimal(used)?,
+        total_bytes: hexadecimal(total)?,
+        host_address: hexadecimal(host_address)?,
+    })
+}
+
+fn last_field(line: &str) -> Option<(&str, &str)> {
+    line.trim_end().rsplit_once(char::is_whitespace)
+}
+
+fn hexadecimal(field: &str) -> Option<u64> {
+    u64::from_str_radix(field.strip_prefix("0x")?, 16).ok()
+}
+
+fn size(number: &str, unit: &str) -> Option<u64> {
+    let shift = match unit {
+        "B" => 0,
+        "KiB" => 10,
+        "MiB" => 20,
+        "GiB" => 30,
+        _ => return None,
+    };
+    number.parse::<u64>().ok()?.checked_mul(1 << shift)
+}
