@@ -1,0 +1,11 @@
+//! From a specification to QEMU's command line, and what a peer's specification may ask for.
+
+mod arguments;
+mod build;
+mod policy;
+
+pub use self::{
+    arguments::{Argument, ArgumentError, parse},
+    build::{BuildError, Launch, MachineDir, RESERVED_OPTIONS, build},
+    policy::{Policy, PolicyRefusal, localise},
+};
