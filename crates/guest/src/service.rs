@@ -1,0 +1,105 @@
+//! Keeps the pace, and lets others see it: a counter over TCP, a beat over UDP.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use crate::workload::{Check, WorkingSet, Workload};
+
+/// The TCP port that streams the counter and takes `check`.
+const PORT: u16 = 7;
+/// How often the counter and the beat are sent, and the writes of a paced workload are made.
+const TICK: Duration = Duration::from_millis(10);
+/// Writes between two looks at who else wants the working set, where the workload has no pace.
+const UNPACED_WRITES: usize = 256;
+
+/// Serves the counter at [`PORT`], and sends a beat to `observer`: a sequence number, 64 bits, little-endian.
+pub(crate) fn start(set: &Arc<Mutex<WorkingSet>>, observer: Option<SocketAddr>) {
+    let served = Arc::clone(set);
+    std::thread::spawn(move || match TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)) {
+        Ok(listener) => listener.incoming().flatten().for_each(|client| attend(client, &served)),
+        Err(error) => eprintln!("cannot listen: {error}"),
+    });
+    if let Some(observer) = observer {
+        std::thread::spawn(move || beat(observer));
+    }
+}
+
+/// Writes at the workload's pace, for ever. Time lost beyond one tick is not made up for.
+pub(crate) fn keep_pace(set: &Mutex<WorkingSet>, workload: Workload) {
+    match workload.pages_per_second {
+        Some(0) => {}
+        Some(pages_per_second) => {
+            let per_tick = pages_per_second * TICK.as_millis() as usize / 1000;
+            each_tick(|| {
+                lock(set).write(per_tick);
+                true
+            });
+        }
+        None => loop {
+            lock(set).write(UNPACED_WRITES);
+            std::thread::yield_now();
+        },
+    }
+}
+
+/// Writes are complete before the lock is given back, and nothing in them panics.
+fn lock(set: &Mutex<WorkingSet>) -> MutexGuard<'_, WorkingSet> {
+    set.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn attend(client: TcpStream, set: &Arc<Mutex<WorkingSet>>) {
+    let Ok(reader) = client.try_clone() else { return };
+    let (counted, checked) = (Arc::clone(set), Arc::clone(set));
+    std::thread::spawn(move || {
+        let mut writer = client;
+        each_tick(|| {
+            let writes = lock(&counted).writes();
+            writer.write_all(format!("{writes}\n").as_bytes()).is_ok()
+        });
+    });
+    std::thread::spawn(move || answer_checks(reader, &checked));
+}
+
+fn answer_checks(client: TcpStream, set: &Mutex<WorkingSet>) {
+    let Ok(mut writer) = client.try_clone() else { return };
+    for line in BufReader::new(client).lines().map_while(Result::ok) {
+        let answer = match line.as_str() {
+            "check" => match lock(set).check() {
+                Check::Right { pages, writes } => format!("check ok {pages} pages {writes} writes\n"),
+                Check::Wrong { page, reason } => format!("check bad page {page}: {reason}\n"),
+            },
+            _ => continue,
+        };
+        if writer.write_all(answer.as_bytes()).is_err() {
+            return;
+        }
+    }
+}
+
+fn beat(observer: SocketAddr) {
+    let Ok(socket) = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)) else { return };
+    let mut sequence = 0u64;
+    each_tick(|| {
+        // Whoever listens sees the gap; there is nothing else to do about a beat that couldn't be sent.
+        let _ = socket.send_to(&sequence.to_le_bytes(), observer);
+        sequence += 1;
+        true
+    });
+}
+
+/// Does `work` every [`TICK`] until it returns false. A tick that comes late is made up for, one that was missed isn't.
+fn each_tick(mut work: impl FnMut() -> bool) {
+    let mut next = Instant::now();
+    while work() {
+        next += TICK;
+        let now = Instant::now();
+        if now > next + TICK {
+            next = now;
+        }
+        std::thread::sleep(next.saturating_duration_since(now));
+    }
+}
