@@ -1,0 +1,120 @@
+//! Brings what is missing on a machine that has only Rust and apt.
+//!
+//! QEMU 10 comes from the release itself or its backports, the guest's kernel is downloaded and unpacked but not
+//! installed. Lists of packages are kept apart from the machine's own, whose configuration stays as it is.
+
+use std::{
+    fs::File,
+    io::Read,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+use godwit_sim::guest_image;
+
+mod apt;
+mod sources;
+
+use apt::Apt;
+
+/// QEMU before this has no `switchover-ack`, or not with all that it needs.
+const LEAST_QEMU_VERSION: u32 = 10;
+const QEMU: &str = "qemu-system-x86_64";
+/// The package whose dependency is the newest kernel for guests.
+const KERNEL_PACKAGE: &str = "linux-image-cloud-amd64";
+
+/// Something the demo, the tests or the benches need, and the package it is in.
+struct Need {
+    package: &'static str,
+    present: fn() -> bool,
+}
+
+const NEEDS: [Need; 6] = [
+    Need { package: "qemu-system-x86", present: has_qemu },
+    Need { package: "busybox-static", present: has_static_busybox },
+    Need { package: "iproute2", present: || on_path("ip") },
+    Need { package: "gcc", present: || on_path("cc") },
+    Need { package: "libc6-dev", present: || Path::new("/usr/lib/x86_64-linux-gnu/libc.a").exists() },
+    Need { package: "xz-utils", present: || on_path("xz") },
+];
+
+/// Installs or fetches what is missing; returns at once when nothing is.
+///
+/// # Errors
+/// Names the missing packages when not run as root; else whatever apt says.
+pub(crate) fn run() -> Result<()> {
+    let missing: Vec<&str> = NEEDS.iter().filter(|need| !(need.present)()).map(|need| need.package).collect();
+    let kernel_missing = guest_image::kernel().is_err();
+    if missing.is_empty() && !kernel_missing {
+        return Ok(());
+    }
+    if !missing.is_empty() && !nix::unistd::geteuid().is_root() {
+        bail!("install {} (QEMU {LEAST_QEMU_VERSION} or newer), or run this as root", missing.join(" "));
+    }
+    let apt = Apt::new()?;
+    if !missing.is_empty() {
+        eprintln!("installing {}", missing.join(" "));
+        apt.install(&missing)?;
+    }
+    if kernel_missing {
+        fetch_kernel(&apt)?;
+    }
+    match NEEDS.iter().find(|need| !(need.present)()) {
+        Some(need) => bail!("package {} is installed but is not what is needed", need.package),
+        None => Ok(()),
+    }
+}
+
+fn fetch_kernel(apt: &Apt) -> Result<()> {
+    let kernel = guest_image::kernel_directory();
+    let package = apt.dependency_of(KERNEL_PACKAGE)?;
+    eprintln!("fetching the guests' kernel, {package}");
+    let file = apt.download(&package)?;
+    let unfinished = kernel.with_extension("unfinished");
+    std::fs::create_dir_all(&unfinished)?;
+    let unpacked =
+        Command::new("dpkg").arg("-x").arg(&file).arg(&unfinished).status().context("cannot run dpkg")?;
+    if !unpacked.success() {
+        bail!("dpkg -x {} failed", file.display());
+    }
+    std::fs::rename(&unfinished, &kernel).context("cannot put the guests' kernel in its place")
+}
+
+fn has_qemu() -> bool {
+    let version = Command::new(QEMU).arg("--version").stderr(Stdio::null()).output();
+    version.is_ok_and(|output| major_version(&String::from_utf8_lossy(&output.stdout)) >= LEAST_QEMU_VERSION)
+}
+
+/// Reads `QEMU emulator version 10.0.2 (Debian ...)`; 0: it isn't that.
+fn major_version(banner: &str) -> u32 {
+    let version = banner.split_whitespace().skip_while(|word| *word != "version").nth(1);
+    version.and_then(|version| version.split('.').next()?.parse().ok()).unwrap_or(0)
+}
+
+/// The guests have no libraries, so a busybox that needs some doesn't do. A program that needs them names its loader
+/// right after its program headers.
+fn has_static_busybox() -> bool {
+    let mut head = Vec::new();
+    let read = File::open("/bin/busybox").and_then(|file| file.take(4096).read_to_end(&mut head));
+    read.is_ok() && !head.windows(8).any(|window| window == b"ld-linux")
+}
+
+fn on_path(program: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .any(|at| at.join(program).exists())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_is_read_from_its_banner() {
+        assert_eq!(major_version("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright"), 10);
+        assert_eq!(major_version("QEMU emulator version 7.2.19 (Debian)"), 7);
+        assert_eq!(major_version(""), 0);
+    }
+}

@@ -1,0 +1,152 @@
+//! apt, with sources and lists of its own.
+
+use std::{
+    ffi::OsString,
+    os::unix::fs::{PermissionsExt, symlink},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
+
+use super::sources::{SourcesFile, backports};
+
+const SOURCES_LIST: &str = "/etc/apt/sources.list";
+const SOURCES_PARTS: &str = "/etc/apt/sources.list.d";
+
+/// apt with the machine's sources and, where they can be derived, backports; what it fetches lives as long as this.
+pub(super) struct Apt {
+    directory: TempDir,
+    backports_suite: Option<String>,
+}
+
+impl Apt {
+    /// Fetches the lists of packages.
+    pub(super) fn new() -> Result<Apt> {
+        let directory = tempfile::Builder::new().prefix("godwit-apt-").tempdir()?;
+        // apt fetches as a user of its own, who is to find its way in.
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o755))?;
+        for name in ["lists/partial", "parts"] {
+            std::fs::create_dir_all(directory.path().join(name))?;
+        }
+        let mut apt = Apt { directory, backports_suite: None };
+        apt.gather_sources()?;
+        apt.run("apt-get", &["--quiet=2", "update"])?;
+        Ok(apt)
+    }
+
+    /// Installs packages, without what they merely recommend; QEMU from backports where there are some.
+    pub(super) fn install(&self, packages: &[&str]) -> Result<()> {
+        let (qemu, others): (Vec<&str>, Vec<&str>) =
+            packages.iter().partition(|name| name.starts_with("qemu"));
+        let install = ["--quiet=2", "--yes", "--no-install-recommends", "install"];
+        if !others.is_empty() {
+            self.run("apt-get", &[&install[..], &others].concat())?;
+        }
+        if !qemu.is_empty() {
+            let release = self.backports_suite.as_ref().map(|suite| format!("--target-release={suite}"));
+            let release: Vec<&str> = release.iter().map(String::as_str).collect();
+            self.run("apt-get", &[&release[..], &install, &qemu].concat())?;
+        }
+        Ok(())
+    }
+
+    /// The first package that `package` depends on.
+    pub(super) fn dependency_of(&self, package: &str) -> Result<String> {
+        let listed = self.run("apt-cache", &["depends", "--no-recommends", "--no-suggests", package])?;
+        let depends = listed.lines().find_map(|line| line.trim().strip_prefix("Depends: "));
+        Ok(depends.with_context(|| format!("apt knows no package {package}"))?.trim().to_owned())
+    }
+
+    /// Downloads a package; the file goes with this.
+    pub(super) fn download(&self, package: &str) -> Result<PathBuf> {
+        self.run("apt-get", &["--quiet=2", "download", package])?;
+        let files = std::fs::read_dir(self.directory.path())?.flatten().map(|entry| entry.path());
+        let is_package = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "deb");
+        files.into_iter().find(is_package).with_context(|| format!("apt-get downloaded no {package}"))
+    }
+
+    /// Links the machine's sources into a directory of our own and adds backports beside them.
+    fn gather_sources(&mut self) -> Result<()> {
+        let parts = self.directory.path().join("parts");
+        let own = std::fs::read_dir(SOURCES_PARTS).into_iter().flatten().flatten().map(|entry| entry.path());
+        let own: Vec<PathBuf> = own.filter(|path| extension_of(path).is_some()).collect();
+        for path in &own {
+            symlink(path, parts.join(path.file_name().context("a source without a name")?))?;
+        }
+        let codename = codename(&std::fs::read_to_string("/etc/os-release")?);
+        let Some(codename) = codename else { return Ok(()) };
+        let all = std::iter::once(PathBuf::from(SOURCES_LIST)).chain(own);
+        let derived = all.filter_map(|path| backports(&read(&path)?, &codename)).next();
+        if let Some(file) = derived {
+            std::fs::write(parts.join(format!("godwit-backports.{}", file.extension)), file.text)?;
+            self.backports_suite = Some(format!("{codename}-backports"));
+        }
+        Ok(())
+    }
+
+    fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        let output = Command::new(program)
+            .args(self.options())
+            .args(arguments)
+            .current_dir(self.directory.path())
+            .env("DEBIAN_FRONTEND", "noninteractive")
+            .env("LC_ALL", "C")
+            .stdin(Stdio::null())
+            .output()
+            .with_context(|| format!("cannot run {program}; this needs a system with apt"))?;
+        if !output.status.success() {
+            bail!(
+                "{program} {} failed:\n{}",
+                arguments.join(" "),
+                String::from_utf8_lossy(&output.stderr).trim()
+            );
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
+    fn options(&self) -> Vec<OsString> {
+        let path = |name: &str| self.directory.path().join(name).into_os_string();
+        let set = |key: &str, value: OsString| {
+            let mut option = OsString::from(format!("--option={key}="));
+            option.push(value);
+            option
+        };
+        vec![
+            set("Dir::Etc::sourceparts", path("parts")),
+            set("Dir::State::lists", path("lists")),
+            set("Dir::Cache::pkgcache", OsString::new()),
+            set("Dir::Cache::srcpkgcache", OsString::new()),
+        ]
+    }
+}
+
+fn read(path: &Path) -> Option<SourcesFile> {
+    Some(SourcesFile { extension: extension_of(path)?, text: std::fs::read_to_string(path).ok()? })
+}
+
+fn extension_of(path: &Path) -> Option<&'static str> {
+    match path.extension()?.to_str()? {
+        "sources" => Some("sources"),
+        "list" => Some("list"),
+        _ => None,
+    }
+}
+
+fn codename(os_release: &str) -> Option<String> {
+    let line = os_release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="))?;
+    Some(line.trim_matches('"').to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_codename_is_read_with_and_without_quotes() {
+        assert_eq!(codename("ID=debian\nVERSION_CODENAME=bookworm\n").as_deref(), Some("bookworm"));
+        assert_eq!(codename("VERSION_CODENAME=\"trixie\"\n").as_deref(), Some("trixie"));
+        assert_eq!(codename("ID=arch\n"), None);
+    }
+}
