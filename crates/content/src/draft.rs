@@ -1,0 +1,185 @@
+//! The parallel half of the source: what a draft becomes on the wire.
+
+use crate::bases::Reference;
+use crate::batch::{Columns, Form, Header, SubForm, SubForms};
+use crate::compress::Compressor;
+use crate::delta::{Deltas, RUN_BYTES};
+use crate::{BLOCK_BYTES, Block, BlockId, Chain, SUB_BLOCKS, SubBlock, Tally, sub_blocks};
+
+/// Blocks whose forms are decided, all but one question: whether a long delta is really shorter than the compressed
+/// content. Owns what it needs, so that any thread can [`seal`](Draft::seal) it.
+pub struct Draft {
+    pub(crate) contents: Vec<u8>,
+    pub(crate) outline: Outline,
+    /// The running digest after this batch.
+    pub(crate) chain: Chain,
+    /// zstd's level, unless nothing is to be compressed.
+    pub(crate) level: Option<i32>,
+}
+
+/// A batch as it is sent.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// What [`Decoder::decode`](crate::Decoder::decode) takes.
+    pub bytes: Vec<u8>,
+    /// What it is made of.
+    pub tally: Tally,
+}
+
+/// Forms of blocks, in order, and what they consist of besides content.
+#[derive(Default)]
+pub(crate) struct Outline {
+    pub(crate) blocks: Vec<BlockOutline>,
+    pub(crate) references: Vec<Reference>,
+    pub(crate) deltas: Deltas,
+}
+
+pub(crate) struct BlockOutline {
+    id: BlockId,
+    whole: Option<Form>,
+    pub(crate) sub_forms: SubForms,
+    /// What its deltas cost before compression.
+    pub(crate) delta_cost: usize,
+}
+
+/// A block's delta of at least this size is weighed against zstd over the new content. Hardly anything compresses a
+/// block to less.
+const CONTESTED_BYTES: usize = 256;
+
+/// A run's share of the control section once it is compressed, about.
+const COMPRESSED_RUN_BYTES: usize = 3;
+
+impl BlockOutline {
+    pub(crate) fn zero(id: BlockId) -> Self {
+        Self { id, whole: Some(Form::Zero), sub_forms: [SubForm::Zero; SUB_BLOCKS], delta_cost: 0 }
+    }
+
+    pub(crate) fn reference(id: BlockId) -> Self {
+        Self { id, whole: Some(Form::Reference), sub_forms: [SubForm::Reference; SUB_BLOCKS], delta_cost: 0 }
+    }
+
+    pub(crate) fn literal(id: BlockId) -> Self {
+        Self { id, whole: None, sub_forms: [SubForm::Literal; SUB_BLOCKS], delta_cost: 0 }
+    }
+}
+
+impl Draft {
+    /// How many blocks it has.
+    pub fn blocks(&self) -> usize {
+        self.outline.blocks.len()
+    }
+
+    /// Compresses the batch. The result depends on the draft alone, not on what the compressor did before.
+    pub fn seal(self, compressor: &mut Compressor) -> Batch {
+        let mut columns = std::mem::take(&mut compressor.columns);
+        let mut control = std::mem::take(&mut compressor.control);
+        let mut tally = self.assemble(&mut columns, compressor);
+        control.clear();
+        columns.put_control(&mut control);
+
+        let mut bytes = Vec::new();
+        Header { block_count: self.blocks(), chain: self.chain }.put(&mut bytes);
+        for section in [&control, &columns.deltas.xor, &columns.literals] {
+            compressor.put_section(self.level, section, &mut bytes);
+        }
+        tally.encoded_bytes = bytes.len() as u64;
+        compressor.columns = columns;
+        compressor.control = control;
+        Batch { bytes, tally }
+    }
+
+    fn assemble(&self, columns: &mut Columns, compressor: &mut Compressor) -> Tally {
+        columns.clear();
+        columns.references.extend_from_slice(&self.outline.references);
+        let mut tally = Tally { raw_bytes: self.contents.len() as u64, ..Tally::default() };
+        let mut deltas = Cursor::new(&self.outline.deltas);
+        for (block, content) in self.outline.blocks.iter().zip(self.contents.as_chunks::<BLOCK_BYTES>().0) {
+            let delta = deltas.take(block);
+            let sub_forms = match self.level {
+                Some(level) if block.delta_cost >= CONTESTED_BYTES => {
+                    settle(block, content, &delta, level, compressor)
+                }
+                _ => block.sub_forms,
+            };
+            if sub_forms.contains(&SubForm::Delta) {
+                columns.deltas.append(delta.run_counts, delta.runs, delta.xor);
+            }
+            let literals = select(content, &sub_forms, SubForm::Literal);
+            literals.for_each(|sub_block| columns.literals.extend_from_slice(sub_block));
+            let form = block.whole.unwrap_or(Form::of(&sub_forms));
+            columns.push(block.id, form, sub_forms);
+            count(&mut tally, form, &sub_forms);
+        }
+        tally.delta_bytes = (columns.deltas.xor.len() + columns.deltas.runs.len() * RUN_BYTES) as u64;
+        tally.literal_bytes = columns.literals.len() as u64;
+        tally
+    }
+}
+
+/// A block's deltas become literals if those compress better: programs that rewrite whole pages want it so.
+fn settle(
+    block: &BlockOutline,
+    content: &Block,
+    delta: &DeltaView<'_>,
+    level: i32,
+    compressor: &mut Compressor,
+) -> SubForms {
+    let mut literal = [0; BLOCK_BYTES];
+    let mut length = 0;
+    for sub_block in select(content, &block.sub_forms, SubForm::Delta) {
+        literal[length..length + sub_block.len()].copy_from_slice(sub_block);
+        length += sub_block.len();
+    }
+    let mut cost = |bytes: &[u8]| compressor.compress(level, bytes).map_or(bytes.len(), <[u8]>::len);
+    let literal_cost = cost(&literal[..length]);
+    let delta_cost = cost(delta.xor) + delta.runs.len() * COMPRESSED_RUN_BYTES;
+    match literal_cost < delta_cost {
+        true => block.sub_forms.map(|form| if form == SubForm::Delta { SubForm::Literal } else { form }),
+        false => block.sub_forms,
+    }
+}
+
+fn select<'a>(
+    content: &'a Block,
+    sub_forms: &'a SubForms,
+    form: SubForm,
+) -> impl Iterator<Item = &'a SubBlock> {
+    sub_blocks(content).iter().zip(sub_forms).filter(move |(_, other)| **other == form).map(|(sub, _)| sub)
+}
+
+fn count(tally: &mut Tally, form: Form, sub_forms: &SubForms) {
+    *match form {
+        Form::Zero => &mut tally.zero_blocks,
+        Form::Reference => &mut tally.reference_blocks,
+        _ if sub_forms.contains(&SubForm::Reference) => &mut tally.partial_reference_blocks,
+        _ if sub_forms.contains(&SubForm::Delta) => &mut tally.delta_blocks,
+        _ => &mut tally.literal_blocks,
+    } += 1;
+}
+
+/// Walks the deltas of a draft, block by block.
+struct Cursor<'a> {
+    rest: DeltaView<'a>,
+}
+
+struct DeltaView<'a> {
+    run_counts: &'a [u8],
+    runs: &'a [crate::delta::Run],
+    xor: &'a [u8],
+}
+
+impl<'a> Cursor<'a> {
+    fn new(deltas: &'a Deltas) -> Self {
+        Self { rest: DeltaView { run_counts: &deltas.run_counts, runs: &deltas.runs, xor: &deltas.xor } }
+    }
+
+    fn take(&mut self, block: &BlockOutline) -> DeltaView<'a> {
+        let count = block.sub_forms.iter().filter(|form| **form == SubForm::Delta).count();
+        let (run_counts, other_counts) = self.rest.run_counts.split_at(count);
+        let runs = run_counts.iter().copied().map(usize::from).sum();
+        let (runs, other_runs) = self.rest.runs.split_at(runs);
+        let (xor, other_xor) = self.rest.xor.split_at(block.delta_cost - runs.len() * RUN_BYTES);
+        self.rest = DeltaView { run_counts: other_counts, runs: other_runs, xor: other_xor };
+        DeltaView { run_counts, runs, xor }
+    }
+}

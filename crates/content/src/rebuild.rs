@@ -1,0 +1,180 @@
+//! What blocks are rebuilt from: the target's memory as it was before the batch, and blocks rebuilt earlier in it.
+
+use std::collections::HashMap;
+
+use crate::batch::{Columns, Form, ShapeError, SubForm, SubForms};
+use crate::delta::{self, Run};
+use crate::{
+    BLOCK_BYTES, Block, BlockId, Memory, MemoryError, SUB_BLOCK_BYTES, SubBlock, is_zero, sub_blocks,
+};
+
+/// Where a block's version is that was current when something referred to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    /// The number of a block read from memory.
+    Read(usize),
+    /// The number of a block of this batch.
+    Rebuilt(usize),
+}
+
+/// Everything that a batch refers to.
+#[derive(Default)]
+pub(crate) struct Sources {
+    /// Each block's version after as much of the batch as was looked at.
+    latest: HashMap<BlockId, Version>,
+    /// What to read from memory, each block once.
+    ids: Vec<BlockId>,
+    contents: Vec<u8>,
+    /// One for each zero block, reference and delta, in order.
+    needed: Vec<Version>,
+}
+
+impl Sources {
+    /// Finds out what the batch refers to and reads it in one call.
+    pub(crate) fn gather(&mut self, columns: &Columns, memory: &mut impl Memory) -> Result<(), MemoryError> {
+        self.latest.clear();
+        self.ids.clear();
+        self.needed.clear();
+        let mut references = columns.references.iter().map(|reference| reference.id);
+        for (position, (id, form, sub_forms)) in columns.blocks().enumerate() {
+            match form {
+                Form::Zero => self.need(Some(id)),
+                Form::Reference => self.need(references.next()),
+                Form::Delta | Form::Literal | Form::Mixed => {
+                    for sub_form in sub_forms {
+                        match sub_form {
+                            SubForm::Reference => self.need(references.next()),
+                            SubForm::Delta => self.need(Some(id)),
+                            SubForm::Zero | SubForm::Literal => {}
+                        }
+                    }
+                }
+            }
+            self.latest.insert(id, Version::Rebuilt(position));
+        }
+        self.contents.resize(self.ids.len() * BLOCK_BYTES, 0);
+        if self.ids.is_empty() { Ok(()) } else { memory.read(&self.ids, &mut self.contents) }
+    }
+
+    /// Whether no later block of the batch replaces the one at `position`.
+    pub(crate) fn is_last(&self, id: BlockId, position: usize) -> bool {
+        self.latest.get(&id) == Some(&Version::Rebuilt(position))
+    }
+
+    /// Notes the version that is current now. A reference that the columns lack is noticed when they are parsed.
+    fn need(&mut self, id: Option<BlockId>) {
+        let Some(id) = id else { return };
+        let ids = &mut self.ids;
+        let version = *self.latest.entry(id).or_insert_with(|| {
+            ids.push(id);
+            Version::Read(ids.len() - 1)
+        });
+        self.needed.push(version);
+    }
+
+    fn content<'a>(&'a self, version: Version, rebuilt: &'a [Block]) -> &'a Block {
+        match version {
+            Version::Read(number) => &self.contents.as_chunks().0[number],
+            Version::Rebuilt(number) => &rebuilt[number],
+        }
+    }
+}
+
+/// What is left of a batch's columns while its blocks are rebuilt in order.
+pub(crate) struct Rebuild<'a> {
+    sources: &'a Sources,
+    needed: std::slice::Iter<'a, Version>,
+    reference_sub_blocks: std::slice::Iter<'a, crate::bases::Reference>,
+    run_counts: std::slice::Iter<'a, u8>,
+    runs: &'a [Run],
+    xor: &'a [u8],
+    literals: &'a [u8],
+}
+
+impl<'a> Rebuild<'a> {
+    pub(crate) fn new(columns: &'a Columns, sources: &'a Sources) -> Self {
+        Self {
+            sources,
+            needed: sources.needed.iter(),
+            reference_sub_blocks: columns.references.iter(),
+            run_counts: columns.deltas.run_counts.iter(),
+            runs: &columns.deltas.runs,
+            xor: &columns.deltas.xor,
+            literals: &columns.literals,
+        }
+    }
+
+    /// Rebuilds the next block into `block`, which is zero; `earlier` are the blocks before it. Returns whether the
+    /// block differs from memory, as far as that is known: a zero block is compared, others may be equal.
+    pub(crate) fn block(
+        &mut self,
+        form: Form,
+        sub_forms: SubForms,
+        earlier: &[Block],
+        block: &mut Block,
+    ) -> Result<bool, ShapeError> {
+        match form {
+            Form::Zero => {
+                let version = self.needed()?;
+                let was_zero =
+                    matches!(version, Version::Read(_)) && is_zero(self.sources.content(version, earlier));
+                return Ok(!was_zero);
+            }
+            Form::Reference => {
+                self.reference_sub_blocks.next();
+                let version = self.needed()?;
+                *block = *self.sources.content(version, earlier);
+            }
+            Form::Delta | Form::Literal | Form::Mixed => {
+                let (targets, _) = block.as_chunks_mut::<SUB_BLOCK_BYTES>();
+                for (position, (target, form)) in targets.iter_mut().zip(sub_forms).enumerate() {
+                    self.sub_block(form, position, earlier, target)?;
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    /// Everything that the batch brought must have been used.
+    pub(crate) fn finish(self) -> Result<(), ShapeError> {
+        let used_up = self.xor.is_empty() && self.literals.is_empty();
+        if used_up { Ok(()) } else { Err(ShapeError::Excess) }
+    }
+
+    fn sub_block(
+        &mut self,
+        form: SubForm,
+        position: usize,
+        earlier: &[Block],
+        target: &mut SubBlock,
+    ) -> Result<(), ShapeError> {
+        match form {
+            SubForm::Zero => {}
+            SubForm::Literal => {
+                let (literal, rest) = self.literals.split_first_chunk().ok_or(ShapeError::Literals)?;
+                *target = *literal;
+                self.literals = rest;
+            }
+            SubForm::Reference => {
+                let reference = self.reference_sub_blocks.next().ok_or(ShapeError::Control)?;
+                let version = self.needed()?;
+                let source = sub_blocks(self.sources.content(version, earlier));
+                *target = source[usize::from(reference.sub_block)];
+            }
+            SubForm::Delta => {
+                let version = self.needed()?;
+                *target = sub_blocks(self.sources.content(version, earlier))[position];
+                let count = self.run_counts.next().ok_or(ShapeError::Control)?;
+                let (runs, rest) =
+                    self.runs.split_at_checked(usize::from(*count)).ok_or(ShapeError::Control)?;
+                self.runs = rest;
+                delta::apply(runs, &mut self.xor, target).ok_or(ShapeError::Runs)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn needed(&mut self) -> Result<Version, ShapeError> {
+        self.needed.next().copied().ok_or(ShapeError::Control)
+    }
+}
