@@ -1,0 +1,239 @@
+//! When to stop the guest.
+//!
+//! A policy sees one [`Sample`] after another and answers with a [`Verdict`]. It decides nothing twice: after
+//! [`Verdict::Stop`] it isn't asked again. `docs/stopping.md` argues both policies and their constants from traces.
+
+use std::collections::VecDeque;
+
+/// One observation of a running migration.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Sample {
+    /// Time since the migration began.
+    pub now_ms: u64,
+    /// Passes over the guest's memory so far.
+    pub pass: u64,
+    /// Blocks owed.
+    pub owed_blocks: u64,
+    /// Of these, blocks that the target never had in any version.
+    pub never_sent_blocks: u64,
+    /// What the owed blocks would take when encoded.
+    pub owed_encoded_bytes: u64,
+    /// Encoded bytes handed to the transport and not yet acknowledged.
+    pub in_flight_bytes: u64,
+    /// Versions sent so far.
+    pub sent_blocks: u64,
+    /// Versions of blocks that became owed again so far; a version that only replaced another one that was still
+    /// owed doesn't count.
+    pub dirtied_blocks: u64,
+    /// Measured rate of the link.
+    pub rate_bytes_per_second: u64,
+    /// Rate at which the guest writes, as deltas.
+    pub dirty_bytes_per_second: u64,
+    /// The pause if the guest were stopped now.
+    pub predicted_pause_ms: f64,
+}
+
+/// What to do now.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Verdict {
+    /// Let the guest run.
+    Continue,
+    /// Let the guest run, but say that time alone won't help.
+    Stalled {
+        /// The pause if the guest were stopped now.
+        predicted_pause_ms: f64,
+    },
+    /// Stop the guest.
+    Stop {
+        /// Why now.
+        reason: StopReason,
+    },
+}
+
+/// Why the guest is stopped now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopReason {
+    /// The predicted pause meets the target.
+    TargetMet,
+    /// The target can't be met; this is about the best pause to be had.
+    LocalMinimum,
+    /// Fewer blocks are owed at the start of this iteration than at any in the window (CloudNet, 6.4.2.1).
+    WindowMinimum,
+    /// The limit of iterations is reached.
+    IterationLimit,
+}
+
+/// Decides when to stop the guest.
+pub trait StopPolicy: Send {
+    /// Looks at the newest sample. Samples come in the order of their times, several a second.
+    fn observe(&mut self, sample: &Sample) -> Verdict;
+}
+
+/// What the [`Gate`] aims at.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GateSettings {
+    /// The longest pause that is wanted.
+    pub target_ms: f64,
+    /// How long to wait for a shorter pause after the shortest so far, once the target looks out of reach.
+    pub patience_ms: u64,
+}
+
+impl GateSettings {
+    /// A gate for this target with the default patience of 2 s.
+    pub fn new(target_ms: f64) -> Self {
+        Self { target_ms, patience_ms: 2_000 }
+    }
+}
+
+/// Stops as soon as the predicted pause meets the target, or about at its minimum.
+///
+/// Nothing is decided while the target lacks blocks that it never had: what such a block takes is a guess, so a
+/// prediction with many of them isn't to be relied on, and their number only falls.
+///
+/// After that, the target's being met stops the guest at once. Otherwise the gate remembers the shortest pause
+/// predicted so far and when it was. As long as shorter ones (by 5 % at least) keep coming within `patience_ms` of
+/// each other, there is something to wait for. Then the gate takes what it can get: a pause no longer than
+/// `shortest × (1 + overdue / patience)`, where `overdue` is the time since patience ended. The price that it is ready to
+/// pay begins at the minimum and rises without limit, so that a stop is certain; with a guest that has a fixed working
+/// set it comes within a patience or two.
+#[derive(Debug, Clone)]
+pub struct Gate {
+    settings: GateSettings,
+    shortest: Option<Shortest>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Shortest {
+    pause_ms: f64,
+    at_ms: u64,
+}
+
+impl Gate {
+    /// How much shorter a pause has to be for patience to begin again.
+    const WORTH_WAITING: f64 = 0.95;
+
+    /// A gate that has seen nothing.
+    pub fn new(settings: GateSettings) -> Self {
+        Self { settings, shortest: None }
+    }
+
+    fn accepts(&self, sample: &Sample, shortest: Shortest) -> bool {
+        let waited_ms = sample.now_ms.saturating_sub(shortest.at_ms);
+        let Some(overdue_ms) = waited_ms.checked_sub(self.settings.patience_ms) else {
+            return false;
+        };
+        let premium = overdue_ms as f64 / self.settings.patience_ms.max(1) as f64;
+        sample.predicted_pause_ms <= shortest.pause_ms * (1.0 + premium)
+    }
+}
+
+impl StopPolicy for Gate {
+    fn observe(&mut self, sample: &Sample) -> Verdict {
+        if sample.never_sent_blocks == 0 {
+            if sample.predicted_pause_ms <= self.settings.target_ms {
+                return Verdict::Stop { reason: StopReason::TargetMet };
+            }
+            let newest = Shortest { pause_ms: sample.predicted_pause_ms, at_ms: sample.now_ms };
+            let shortest = *self.shortest.get_or_insert(newest);
+            if newest.pause_ms < shortest.pause_ms * Self::WORTH_WAITING {
+                self.shortest = Some(newest);
+            } else if self.accepts(sample, shortest) {
+                return Verdict::Stop { reason: StopReason::LocalMinimum };
+            }
+        }
+        if sample.rate_bytes_per_second > 0 && sample.dirty_bytes_per_second > sample.rate_bytes_per_second {
+            return Verdict::Stalled { predicted_pause_ms: sample.predicted_pause_ms };
+        }
+        Verdict::Continue
+    }
+}
+
+/// Constants of [`SmartStop`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SmartStopSettings {
+    /// Iterations over which the number of owed blocks has to be a minimum.
+    pub window: usize,
+    /// Iterations after which the guest is stopped in any case; Xen's limit, which the dissertation names, is 30.
+    pub iteration_limit: u32,
+    /// The shortest iteration. A migration that keeps up would otherwise begin one with every sample.
+    pub shortest_iteration_ms: u64,
+}
+
+impl Default for SmartStopSettings {
+    fn default() -> Self {
+        Self { window: 4, iteration_limit: 30, shortest_iteration_ms: 200 }
+    }
+}
+
+/// CloudNet's Smart Stop and Copy (Wood, 6.4.2.1).
+///
+/// An *iteration* begins with a number of owed blocks and ends when that many have been sent. The first stage waits
+/// until an iteration dirties as many blocks as it sends: up to there another iteration is a clear gain. The second
+/// stage stops at the first iteration that begins with fewer owed blocks than any of the `window` before it.
+#[derive(Debug, Clone)]
+pub struct SmartStop {
+    settings: SmartStopSettings,
+    iteration: Option<Iteration>,
+    iterations: u32,
+    crossed: bool,
+    window: VecDeque<u64>,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Iteration {
+    began_ms: u64,
+    owed_blocks: u64,
+    sent_blocks: u64,
+    dirtied_blocks: u64,
+}
+
+impl Iteration {
+    fn begin(sample: &Sample) -> Self {
+        Self {
+            began_ms: sample.now_ms,
+            owed_blocks: sample.owed_blocks,
+            sent_blocks: sample.sent_blocks,
+            dirtied_blocks: sample.dirtied_blocks,
+        }
+    }
+}
+
+impl SmartStop {
+    /// A policy that has seen nothing.
+    pub fn new(settings: SmartStopSettings) -> Self {
+        Self { settings, iteration: None, iterations: 0, crossed: false, window: VecDeque::new() }
+    }
+
+    /// Judges the iteration that ends with `sample`.
+    fn end_iteration(&mut self, ended: Iteration, sample: &Sample) -> Verdict {
+        self.iterations += 1;
+        let sent = sample.sent_blocks - ended.sent_blocks;
+        let dirtied = sample.dirtied_blocks - ended.dirtied_blocks;
+        self.crossed |= dirtied >= sent;
+        let full = self.window.len() >= self.settings.window;
+        if self.crossed && full && self.window.iter().all(|&owed| sample.owed_blocks < owed) {
+            return Verdict::Stop { reason: StopReason::WindowMinimum };
+        }
+        if self.iterations >= self.settings.iteration_limit {
+            return Verdict::Stop { reason: StopReason::IterationLimit };
+        }
+        if full {
+            self.window.pop_front();
+        }
+        self.window.push_back(sample.owed_blocks);
+        Verdict::Continue
+    }
+}
+
+impl StopPolicy for SmartStop {
+    fn observe(&mut self, sample: &Sample) -> Verdict {
+        let iteration = *self.iteration.get_or_insert(Iteration::begin(sample));
+        let all_sent = sample.sent_blocks - iteration.sent_blocks >= iteration.owed_blocks;
+        let lasted_ms = sample.now_ms.saturating_sub(iteration.began_ms);
+        if !all_sent || lasted_ms < self.settings.shortest_iteration_ms {
+            return Verdict::Continue;
+        }
+        self.iteration = Some(Iteration::begin(sample));
+        self.end_iteration(iteration, sample)
+    }
+}

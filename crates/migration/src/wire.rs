@@ -1,0 +1,502 @@
+//! What the two sides of a migration say to each other.
+//!
+//! Every message travels in one frame of the session, which carries its *kind* beside its body. Control messages are
+//! JSON: they are few, people read them in traces, and unknown fields are ignored, so that versions can differ.
+//! [`BATCH`] and [`STREAM`] carry bytes behind a fixed little-endian header. Bytes from a peer are never trusted:
+//! [`decode`] limits sizes and counts and returns an error for anything else.
+//!
+//! ```text
+//! source                                   target
+//!   HELLO      ───────────────────────────►          versions, the machine, its RAM blocks
+//!              ◄───────────────────────────  WELCOME  or REFUSE, with the reason
+//!   HANDOVER   ◄──────────────────────────►          see `handover`
+//!   BATCH …    ───────────────────────────►          memory, bulk lanes
+//!   STREAM …   ───────────────────────────►          everything of QEMU's stream that isn't memory
+//!   TOKEN      ───────────────────────────►
+//! ```
+
+use bytes::{BufMut, Bytes, BytesMut};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
+use thiserror::Error;
+
+use crate::handover::{self, Epoch, RunState};
+
+/// The oldest version of the protocol that this build speaks.
+pub const VERSION_MIN: u16 = 1;
+/// The newest one.
+pub const VERSION_MAX: u16 = 1;
+
+/// Kind of [`Message::Hello`].
+pub const HELLO: u8 = 1;
+/// Kind of [`Message::Welcome`].
+pub const WELCOME: u8 = 2;
+/// Kind of [`Message::Refuse`].
+pub const REFUSE: u8 = 3;
+/// Kind of [`Message::Handover`].
+pub const HANDOVER: u8 = 4;
+/// Kind of [`Message::Token`].
+pub const TOKEN: u8 = 5;
+/// Kind of a frame with an encoded batch of blocks: [`BatchHeader`], then the batch.
+pub const BATCH: u8 = 16;
+/// Kind of a frame with bytes of QEMU's stream: [`StreamHeader`], then the bytes.
+pub const STREAM: u8 = 17;
+
+/// Longest body of a control message.
+pub const CONTROL_BYTES_MAX: usize = 1 << 20;
+/// Most RAM blocks that a machine may have.
+pub const RAM_BLOCKS_MAX: usize = 1_024;
+/// Longest name or reason in a message, in bytes.
+pub const TEXT_BYTES_MAX: usize = 4_096;
+
+/// A control message.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Message {
+    /// Source: what is to come.
+    Hello(Box<Hello>),
+    /// Target: it may come.
+    Welcome(Welcome),
+    /// Either: it may not; the last message of a session.
+    Refuse(Refuse),
+    /// About the right to run the machine.
+    Handover(handover::Message),
+    /// The right to run the machine.
+    Token(Token),
+}
+
+/// The first message of a source.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Oldest version that the source speaks.
+    pub version_min: u16,
+    /// Newest version that the source speaks.
+    pub version_max: u16,
+    /// Names the migration at both hosts.
+    pub migration_id: String,
+    /// The machine's name.
+    pub machine: String,
+    /// The attempt.
+    pub epoch: Epoch,
+    /// The machine's RAM blocks in the order of QEMU's stream.
+    pub ram_blocks: Vec<RamBlock>,
+    /// What the target has to know of the operator's choices.
+    pub options: TransferOptions,
+    /// QEMU's version at the source, as QEMU says it.
+    pub qemu_version: String,
+    /// The machine type, versioned: `pc-q35-10.0`.
+    pub machine_type: String,
+}
+
+/// A RAM block of the machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RamBlock {
+    /// QEMU's name of it, such as `pc.ram`.
+    pub name: String,
+    /// Its used length.
+    pub bytes: u64,
+    /// Its blocks travel in batches and are written into QEMU's memory; otherwise its pages stay in the stream.
+    pub direct: bool,
+}
+
+/// Choices of the operator that concern the target.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TransferOptions {
+    /// Don't run the guest at the target, whatever it did before.
+    pub leave_paused: bool,
+    /// Compare both memories, read again, while both are paused.
+    pub verify_full: bool,
+    /// Announce the guest's addresses at the target right after the stop.
+    pub early_announce: bool,
+}
+
+/// The target's answer to [`Hello`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Welcome {
+    /// The version that both speak from here on.
+    pub version: u16,
+    /// QEMU's version at the target.
+    pub qemu_version: String,
+}
+
+/// Why a migration can't be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refuse {
+    /// One line for the operator.
+    pub reason: String,
+}
+
+/// The right to run the machine, and what the target must have before it may use it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Token {
+    /// The attempt.
+    pub epoch: Epoch,
+    /// What the guest did before the stop.
+    pub run_state: RunState,
+    /// Don't run it, whatever it did.
+    pub leave_paused: bool,
+    /// Batches of memory sent.
+    pub batches: u64,
+    /// The encoder's running digest after the last of them.
+    pub chain: Digest,
+    /// Bytes of QEMU's stream sent.
+    pub stream_bytes: u64,
+    /// xxh3-128 of them.
+    pub stream_digest: Digest,
+    /// xxh3-128 of the direct memory, reread while paused; with [`TransferOptions::verify_full`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_digest: Option<Digest>,
+    /// When QEMU stopped the guest, microseconds since the Unix epoch, by the source's clock.
+    pub stopped_unix_us: u64,
+}
+
+/// A 128-bit digest; 32 hexadecimal digits in JSON.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
+pub struct Digest(pub [u8; 16]);
+
+impl Serialize for Digest {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:032x}", u128::from_be_bytes(self.0)))
+    }
+}
+
+impl<'de> Deserialize<'de> for Digest {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = std::borrow::Cow::<str>::deserialize(deserializer)?;
+        if text.len() != 32 || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+            return Err(serde::de::Error::custom("a digest has 32 hexadecimal digits"));
+        }
+        let value = u128::from_str_radix(&text, 16).map_err(serde::de::Error::custom)?;
+        Ok(Self(value.to_be_bytes()))
+    }
+}
+
+/// Why a message could not be encoded.
+#[derive(Debug, Error)]
+pub enum EncodeError {
+    /// It is larger than a peer would accept.
+    #[error("a control message of {bytes} bytes is over the limit of {CONTROL_BYTES_MAX}")]
+    TooLong {
+        /// Its size.
+        bytes: usize,
+    },
+    /// It has no JSON form.
+    #[error("a control message has no JSON form")]
+    Json(#[from] serde_json::Error),
+}
+
+/// Why a frame from a peer isn't a message.
+#[derive(Debug, Error)]
+pub enum DecodeError {
+    /// The kind is none of a control message.
+    #[error("{kind} is not the kind of a control message")]
+    UnknownKind {
+        /// The frame's kind.
+        kind: u8,
+    },
+    /// The body is too long.
+    #[error("a control message of {bytes} bytes is over the limit of {CONTROL_BYTES_MAX}")]
+    TooLong {
+        /// Its size.
+        bytes: usize,
+    },
+    /// The body isn't what its kind says.
+    #[error("a control message of kind {kind} can't be read")]
+    Json {
+        /// The frame's kind.
+        kind: u8,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// A name, a reason or a list is too long.
+    #[error("{what} in a control message is over its limit of {limit}")]
+    OverLimit {
+        /// Which.
+        what: &'static str,
+        /// Bytes or entries allowed.
+        limit: usize,
+    },
+    /// A binary frame is shorter than its header.
+    #[error("a frame of {bytes} bytes is shorter than its header of {header}")]
+    ShortFrame {
+        /// The frame's length.
+        bytes: usize,
+        /// The header's.
+        header: usize,
+    },
+}
+
+/// The frame for a control message: its kind and its body.
+///
+/// # Errors
+/// [`EncodeError::TooLong`] if no peer would accept it.
+///
+/// ```
+/// use godwit_migration::wire::{self, Message, Refuse};
+///
+/// let message = Message::Refuse(Refuse { reason: "no such bridge".into() });
+/// let (kind, body) = wire::encode(&message)?;
+/// assert_eq!(kind, wire::REFUSE);
+/// assert_eq!(wire::decode(kind, &body)?, message);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn encode(message: &Message) -> Result<(u8, Bytes), EncodeError> {
+    let (kind, body) = match message {
+        Message::Hello(hello) => (HELLO, serde_json::to_vec(hello)?),
+        Message::Welcome(welcome) => (WELCOME, serde_json::to_vec(welcome)?),
+        Message::Refuse(refuse) => (REFUSE, serde_json::to_vec(refuse)?),
+        Message::Handover(handover) => (HANDOVER, serde_json::to_vec(handover)?),
+        Message::Token(token) => (TOKEN, serde_json::to_vec(token)?),
+    };
+    if body.len() > CONTROL_BYTES_MAX {
+        return Err(EncodeError::TooLong { bytes: body.len() });
+    }
+    Ok((kind, body.into()))
+}
+
+/// The control message in a frame.
+///
+/// # Errors
+/// [`DecodeError`] for anything that isn't one, or is larger than a real one would be.
+pub fn decode(kind: u8, body: &[u8]) -> Result<Message, DecodeError> {
+    if body.len() > CONTROL_BYTES_MAX {
+        return Err(DecodeError::TooLong { bytes: body.len() });
+    }
+    let message = match kind {
+        HELLO => Message::Hello(parse(kind, body)?),
+        WELCOME => Message::Welcome(parse(kind, body)?),
+        REFUSE => Message::Refuse(parse(kind, body)?),
+        HANDOVER => Message::Handover(parse(kind, body)?),
+        TOKEN => Message::Token(parse(kind, body)?),
+        _ => return Err(DecodeError::UnknownKind { kind }),
+    };
+    check_limits(&message)?;
+    Ok(message)
+}
+
+/// The newest version that both sides speak, or `None`.
+pub fn negotiate(hello: &Hello) -> Option<u16> {
+    let newest = hello.version_max.min(VERSION_MAX);
+    (newest >= hello.version_min.max(VERSION_MIN)).then_some(newest)
+}
+
+fn parse<T: DeserializeOwned>(kind: u8, body: &[u8]) -> Result<T, DecodeError> {
+    serde_json::from_slice(body).map_err(|source| DecodeError::Json { kind, source })
+}
+
+fn check_limits(message: &Message) -> Result<(), DecodeError> {
+    match message {
+        Message::Hello(hello) => {
+            limit("the list of RAM blocks", hello.ram_blocks.len(), RAM_BLOCKS_MAX)?;
+            let names = [&hello.migration_id, &hello.machine, &hello.qemu_version, &hello.machine_type];
+            let blocks = hello.ram_blocks.iter().map(|block| &block.name);
+            names.into_iter().chain(blocks).try_for_each(|name| limit("a name", name.len(), TEXT_BYTES_MAX))
+        }
+        Message::Welcome(welcome) => limit("a name", welcome.qemu_version.len(), TEXT_BYTES_MAX),
+        Message::Refuse(Refuse { reason })
+        | Message::Handover(
+            handover::Message::Cancel { reason, .. } | handover::Message::Refused { reason, .. },
+        ) => limit("a reason", reason.len(), TEXT_BYTES_MAX),
+        Message::Handover(_) | Message::Token(_) => Ok(()),
+    }
+}
+
+fn limit(what: &'static str, length: usize, limit: usize) -> Result<(), DecodeError> {
+    if length > limit { Err(DecodeError::OverLimit { what, limit }) } else { Ok(()) }
+}
+
+/// In front of an encoded batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BatchHeader {
+    /// Which batch it is, counted from 0; they are decoded in this order, whatever connection they came by.
+    pub index: u64,
+}
+
+/// In front of bytes of QEMU's stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamHeader {
+    /// How many bytes of the stream come before these.
+    pub offset: u64,
+    /// How many batches must be decoded before these bytes may reach QEMU: devices read the guest's memory while
+    /// they load.
+    pub after_batches: u64,
+}
+
+impl BatchHeader {
+    /// Length in bytes.
+    pub const BYTES: usize = 8;
+
+    /// The frame's body: this header, then `batch`.
+    pub fn encode(self, batch: &[u8]) -> Bytes {
+        frame(&[self.index], batch)
+    }
+
+    /// Splits a frame's body into header and batch.
+    ///
+    /// # Errors
+    /// [`DecodeError::ShortFrame`] if there isn't even a header.
+    pub fn decode(mut body: Bytes) -> Result<(Self, Bytes), DecodeError> {
+        let [index] = take_header(&mut body)?;
+        Ok((Self { index }, body))
+    }
+}
+
+impl StreamHeader {
+    /// Length in bytes.
+    pub const BYTES: usize = 16;
+
+    /// The frame's body: this header, then `bytes`.
+    pub fn encode(self, bytes: &[u8]) -> Bytes {
+        frame(&[self.offset, self.after_batches], bytes)
+    }
+
+    /// Splits a frame's body into header and bytes.
+    ///
+    /// # Errors
+    /// [`DecodeError::ShortFrame`] if there isn't even a header.
+    pub fn decode(mut body: Bytes) -> Result<(Self, Bytes), DecodeError> {
+        let [offset, after_batches] = take_header(&mut body)?;
+        Ok((Self { offset, after_batches }, body))
+    }
+}
+
+fn frame(header: &[u64], bytes: &[u8]) -> Bytes {
+    let mut body = BytesMut::with_capacity(header.len() * 8 + bytes.len());
+    header.iter().for_each(|&word| body.put_u64_le(word));
+    body.put_slice(bytes);
+    body.freeze()
+}
+
+fn take_header<const WORDS: usize>(body: &mut Bytes) -> Result<[u64; WORDS], DecodeError> {
+    let header = WORDS * 8;
+    if body.len() < header {
+        return Err(DecodeError::ShortFrame { bytes: body.len(), header });
+    }
+    let bytes = body.split_to(header);
+    let mut words = [0; WORDS];
+    for (word, chunk) in words.iter_mut().zip(bytes.as_chunks::<8>().0) {
+        *word = u64::from_le_bytes(*chunk);
+    }
+    Ok(words)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn hello() -> Hello {
+        Hello {
+            version_min: 1,
+            version_max: 3,
+            migration_id: "m1".into(),
+            machine: "web1".into(),
+            epoch: Epoch(7),
+            ram_blocks: vec![RamBlock { name: "pc.ram".into(), bytes: 1 << 29, direct: true }],
+            options: TransferOptions { leave_paused: true, ..TransferOptions::default() },
+            qemu_version: "10.0.2".into(),
+            machine_type: "pc-q35-10.0".into(),
+        }
+    }
+
+    fn token() -> Token {
+        Token {
+            epoch: Epoch(7),
+            run_state: RunState::IoError,
+            leave_paused: false,
+            batches: 3,
+            chain: Digest([0xab; 16]),
+            stream_bytes: 9,
+            stream_digest: Digest([1; 16]),
+            memory_digest: None,
+            stopped_unix_us: 1,
+        }
+    }
+
+    #[test]
+    fn every_kind_survives_the_wire() {
+        let epoch = Epoch(7);
+        for message in [
+            Message::Hello(Box::new(hello())),
+            Message::Welcome(Welcome { version: 1, qemu_version: "10.0.2".into() }),
+            Message::Refuse(Refuse { reason: "no".into() }),
+            Message::Handover(handover::Message::Cancel { epoch, reason: "operator".into() }),
+            Message::Handover(handover::Message::Taken { epoch, resumed_unix_us: Some(5) }),
+            Message::Token(token()),
+        ] {
+            let (kind, body) = encode(&message).unwrap();
+            assert_eq!(decode(kind, &body).unwrap(), message);
+        }
+    }
+
+    #[test]
+    fn a_token_reads_as_people_would_write_it() {
+        let (_, body) = encode(&Message::Token(token())).unwrap();
+        let json: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        assert_eq!(json["chain"], "ab".repeat(16));
+        assert_eq!(json["run_state"], "io-error");
+        assert_eq!(json["epoch"], 7);
+    }
+
+    #[test]
+    fn digests_with_signs_or_of_other_lengths_are_refused() {
+        for text in
+            ["", "+0000000000000000000000000000000", &"0".repeat(31), &"0".repeat(33), &"é".repeat(16)]
+        {
+            assert!(serde_json::from_value::<Digest>(text.into()).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn limits_hold() {
+        let mut long = hello();
+        long.machine = "x".repeat(TEXT_BYTES_MAX + 1);
+        let body = serde_json::to_vec(&long).unwrap();
+        assert!(matches!(decode(HELLO, &body), Err(DecodeError::OverLimit { .. })));
+
+        let mut many = hello();
+        many.ram_blocks = vec![many.ram_blocks[0].clone(); RAM_BLOCKS_MAX + 1];
+        let body = serde_json::to_vec(&many).unwrap();
+        assert!(matches!(decode(HELLO, &body), Err(DecodeError::OverLimit { .. })));
+
+        let body = vec![b' '; CONTROL_BYTES_MAX + 1];
+        assert!(matches!(decode(HELLO, &body), Err(DecodeError::TooLong { .. })));
+        assert!(matches!(decode(BATCH, b"{}"), Err(DecodeError::UnknownKind { kind: BATCH })));
+    }
+
+    #[test]
+    fn the_newest_common_version_is_chosen() {
+        let between = |version_min, version_max| negotiate(&Hello { version_min, version_max, ..hello() });
+        assert_eq!(between(VERSION_MIN, VERSION_MAX + 4), Some(VERSION_MAX));
+        assert_eq!(between(VERSION_MAX + 1, VERSION_MAX + 4), None);
+        assert_eq!(between(VERSION_MAX, VERSION_MIN - 1), None);
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_are_errors(kind: u8, body: Vec<u8>) {
+            let _ = decode(kind, &body);
+            let _ = StreamHeader::decode(body.clone().into());
+            let _ = BatchHeader::decode(body.into());
+        }
+
+        #[test]
+        fn damaged_messages_are_errors_or_other_messages(at: prop::sample::Index, byte: u8) {
+            let (kind, body) = encode(&Message::Hello(Box::new(hello()))).unwrap();
+            let mut body = body.to_vec();
+            let at = at.index(body.len());
+            body[at] = byte;
+            let _ = decode(kind, &body);
+        }
+
+        #[test]
+        fn binary_frames_split_where_they_were_joined(offset: u64, after_batches: u64, bytes: Vec<u8>) {
+            let header = StreamHeader { offset, after_batches };
+            let (back, rest) = StreamHeader::decode(header.encode(&bytes)).unwrap();
+            prop_assert_eq!((back, rest.to_vec()), (header, bytes.clone()));
+            let header = BatchHeader { index: offset };
+            let (back, rest) = BatchHeader::decode(header.encode(&bytes)).unwrap();
+            prop_assert_eq!((back, rest.to_vec()), (header, bytes));
+        }
+    }
+}
