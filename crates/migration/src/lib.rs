@@ -14,11 +14,10 @@
 //! and byte counts in and carries out the actions that come back. So the same code runs in a worker process, under the
 //! model checker (`tests/handover_model.rs`) and in virtual time.
 
-mod block;
 pub mod handover;
 pub mod mover;
 pub mod predict;
 pub mod stop;
 pub mod wire;
 
-pub use block::{BlockId, BlockVersion};
+pub use godwit_content::{BlockId, BlockVersion};
