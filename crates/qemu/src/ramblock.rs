@@ -65,7 +65,7 @@ fn block(line: &str) -> Option<RamBlockAddress> {
     let (rest, unit) = last_field(rest)?;
     let (name, number) = last_field(rest)?;
     Some(RamBlockAddress {
-        name: name.trim_start().to_owned(),
+        name: name.trim().to_owned(),
         page_bytes: size(number, unit)?,
         offset: hexadecimal(offset)?,
         used_bytes: hexadecimal(used)?,
