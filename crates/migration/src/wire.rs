@@ -2,8 +2,9 @@
 //!
 //! Every message travels in one frame of the session, which carries its *kind* beside its body. Control messages are
 //! JSON: they are few, people read them in traces, and unknown fields are ignored, so that versions can differ.
-//! [`BATCH`] and [`STREAM`] carry bytes behind a fixed little-endian header. Bytes from a peer are never trusted:
-//! [`decode`] limits sizes and counts and returns an error for anything else.
+//! Control messages of the hand-over travel in the session's urgent lane; everything else in the bulk lane, which keeps
+//! its order, so that a token has behind it all that it promises. Bytes from a peer are never trusted: [`decode`] limits
+//! sizes and counts and returns an error for anything else.
 //!
 //! ```text
 //! source                                   target
@@ -11,11 +12,12 @@
 //!              ◄───────────────────────────  WELCOME  or REFUSE, with the reason
 //!   HANDOVER   ◄──────────────────────────►          see `handover`
 //!   BATCH …    ───────────────────────────►          memory, bulk lanes
-//!   STREAM …   ───────────────────────────►          everything of QEMU's stream that isn't memory
+//!   STREAM …   ───────────────────────────►          what of QEMU's stream isn't memory, up to the stop
+//!   DEVICE_STATE … ───────────────────────►          and from then on
 //!   TOKEN      ───────────────────────────►
 //! ```
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::DeserializeOwned};
 use thiserror::Error;
 
@@ -36,10 +38,15 @@ pub const REFUSE: u8 = 3;
 pub const HANDOVER: u8 = 4;
 /// Kind of [`Message::Token`].
 pub const TOKEN: u8 = 5;
-/// Kind of a frame with an encoded batch of blocks: [`BatchHeader`], then the batch.
+/// Kind of a frame with an encoded batch of blocks (`godwit_content::Batch`).
 pub const BATCH: u8 = 16;
-/// Kind of a frame with bytes of QEMU's stream: [`StreamHeader`], then the bytes.
+/// Kind of a frame with a sealed piece of QEMU's stream that QEMU may have at once.
 pub const STREAM: u8 = 17;
+/// Kind of a frame with a sealed piece of QEMU's stream that QEMU gets only when the token has come and everything
+/// has been verified: devices read guest memory while they load.
+pub const DEVICE_STATE: u8 = 18;
+/// Kind of a frame with the digests of the source's memory, read again while it is paused.
+pub const VERIFY: u8 = 19;
 
 /// Longest body of a control message.
 pub const CONTROL_BYTES_MAX: usize = 1 << 20;
@@ -103,8 +110,6 @@ pub struct RamBlock {
 pub struct TransferOptions {
     /// Don't run the guest at the target, whatever it did before.
     pub leave_paused: bool,
-    /// Compare both memories, read again, while both are paused.
-    pub verify_full: bool,
     /// Announce the guest's addresses at the target right after the stop.
     pub early_announce: bool,
 }
@@ -142,9 +147,6 @@ pub struct Token {
     pub stream_bytes: u64,
     /// xxh3-128 of them.
     pub stream_digest: Digest,
-    /// xxh3-128 of the direct memory, reread while paused; with [`TransferOptions::verify_full`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub memory_digest: Option<Digest>,
     /// When QEMU stopped the guest, microseconds since the Unix epoch, by the source's clock.
     pub stopped_unix_us: u64,
 }
@@ -214,14 +216,6 @@ pub enum DecodeError {
         what: &'static str,
         /// Bytes or entries allowed.
         limit: usize,
-    },
-    /// A binary frame is shorter than its header.
-    #[error("a frame of {bytes} bytes is shorter than its header of {header}")]
-    ShortFrame {
-        /// The frame's length.
-        bytes: usize,
-        /// The header's.
-        header: usize,
     },
 }
 
@@ -304,81 +298,6 @@ fn limit(what: &'static str, length: usize, limit: usize) -> Result<(), DecodeEr
     if length > limit { Err(DecodeError::OverLimit { what, limit }) } else { Ok(()) }
 }
 
-/// In front of an encoded batch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BatchHeader {
-    /// Which batch it is, counted from 0; they are decoded in this order, whatever connection they came by.
-    pub index: u64,
-}
-
-/// In front of bytes of QEMU's stream.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StreamHeader {
-    /// How many bytes of the stream come before these.
-    pub offset: u64,
-    /// How many batches must be decoded before these bytes may reach QEMU: devices read the guest's memory while
-    /// they load.
-    pub after_batches: u64,
-}
-
-impl BatchHeader {
-    /// Length in bytes.
-    pub const BYTES: usize = 8;
-
-    /// The frame's body: this header, then `batch`.
-    pub fn encode(self, batch: &[u8]) -> Bytes {
-        frame(&[self.index], batch)
-    }
-
-    /// Splits a frame's body into header and batch.
-    ///
-    /// # Errors
-    /// [`DecodeError::ShortFrame`] if there isn't even a header.
-    pub fn decode(mut body: Bytes) -> Result<(Self, Bytes), DecodeError> {
-        let [index] = take_header(&mut body)?;
-        Ok((Self { index }, body))
-    }
-}
-
-impl StreamHeader {
-    /// Length in bytes.
-    pub const BYTES: usize = 16;
-
-    /// The frame's body: this header, then `bytes`.
-    pub fn encode(self, bytes: &[u8]) -> Bytes {
-        frame(&[self.offset, self.after_batches], bytes)
-    }
-
-    /// Splits a frame's body into header and bytes.
-    ///
-    /// # Errors
-    /// [`DecodeError::ShortFrame`] if there isn't even a header.
-    pub fn decode(mut body: Bytes) -> Result<(Self, Bytes), DecodeError> {
-        let [offset, after_batches] = take_header(&mut body)?;
-        Ok((Self { offset, after_batches }, body))
-    }
-}
-
-fn frame(header: &[u64], bytes: &[u8]) -> Bytes {
-    let mut body = BytesMut::with_capacity(header.len() * 8 + bytes.len());
-    header.iter().for_each(|&word| body.put_u64_le(word));
-    body.put_slice(bytes);
-    body.freeze()
-}
-
-fn take_header<const WORDS: usize>(body: &mut Bytes) -> Result<[u64; WORDS], DecodeError> {
-    let header = WORDS * 8;
-    if body.len() < header {
-        return Err(DecodeError::ShortFrame { bytes: body.len(), header });
-    }
-    let bytes = body.split_to(header);
-    let mut words = [0; WORDS];
-    for (word, chunk) in words.iter_mut().zip(bytes.as_chunks::<8>().0) {
-        *word = u64::from_le_bytes(*chunk);
-    }
-    Ok(words)
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -408,7 +327,6 @@ mod tests {
             chain: Digest([0xab; 16]),
             stream_bytes: 9,
             stream_digest: Digest([1; 16]),
-            memory_digest: None,
             stopped_unix_us: 1,
         }
     }
@@ -476,8 +394,6 @@ mod tests {
         #[test]
         fn arbitrary_bytes_are_errors(kind: u8, body: Vec<u8>) {
             let _ = decode(kind, &body);
-            let _ = StreamHeader::decode(body.clone().into());
-            let _ = BatchHeader::decode(body.into());
         }
 
         #[test]
@@ -487,16 +403,6 @@ mod tests {
             let at = at.index(body.len());
             body[at] = byte;
             let _ = decode(kind, &body);
-        }
-
-        #[test]
-        fn binary_frames_split_where_they_were_joined(offset: u64, after_batches: u64, bytes: Vec<u8>) {
-            let header = StreamHeader { offset, after_batches };
-            let (back, rest) = StreamHeader::decode(header.encode(&bytes)).unwrap();
-            prop_assert_eq!((back, rest.to_vec()), (header, bytes.clone()));
-            let header = BatchHeader { index: offset };
-            let (back, rest) = BatchHeader::decode(header.encode(&bytes)).unwrap();
-            prop_assert_eq!((back, rest.to_vec()), (header, bytes));
         }
     }
 }
