@@ -1,10 +1,11 @@
 //! Everything a developer runs: `cargo xtask setup|lab|demo|test|tidy`.
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use anyhow::Result;
 use clap::Parser;
 
+mod demo;
 mod setup;
 
 /// What developers run.
@@ -13,6 +14,24 @@ mod setup;
 enum Task {
     /// Install or fetch what is missing: QEMU, busybox, a guest kernel.
     Setup,
+    /// Migrate a busy guest with godwit and with QEMU alone, over the same link, and compare.
+    Demo {
+        /// Write the figures to this file, as a JSON list with one object a contender.
+        #[arg(long)]
+        json: Option<PathBuf>,
+        /// Run only these contenders.
+        #[arg(long, value_delimiter = ',')]
+        only: Vec<String>,
+        /// What the guest does: idle, light, medium, heavy, harsh.
+        #[arg(long, default_value = "medium")]
+        workload: String,
+        /// Rate of the link, Mbit/s.
+        #[arg(long, default_value_t = 100)]
+        rate: u64,
+        /// Round trip of the link, milliseconds.
+        #[arg(long, default_value_t = 20)]
+        round_trip: u64,
+    },
 }
 
 fn main() -> ExitCode {
@@ -28,5 +47,8 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<()> {
     match task {
         Task::Setup => setup::run(),
+        Task::Demo { json, only, workload, rate, round_trip } => {
+            demo::run(&demo::Request { json, only, workload, rate, round_trip })
+        }
     }
 }

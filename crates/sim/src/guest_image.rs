@@ -81,7 +81,7 @@ impl GuestImage {
         Ok(GuestImage { kernel, initrd })
     }
 
-    /// A kernel command line for [`Workload`](self) `workload` with the serial console as console.
+    /// A kernel command line: the workload (see the guest's own page), its address, and where its beat goes.
     ///
     /// ```
     /// # use godwit_sim::guest_image::GuestImage;
@@ -122,8 +122,12 @@ pub fn kernel() -> Result<PathBuf, GuestImageError> {
     files.filter(is_kernel).max().ok_or(GuestImageError::NoKernel(boot))
 }
 
-fn workspace() -> &'static Path {
-    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))
+/// The root of the checkout.
+pub fn workspace() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .ancestors()
+        .nth(2)
+        .expect("crates/sim is two levels below the workspace")
 }
 
 /// A digest of all that an image is made from, this module included.

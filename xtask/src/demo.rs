@@ -1,0 +1,77 @@
+//! One busy guest, one link, and whoever wants to move it: godwit, and QEMU alone in three ways.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result};
+use godwit_sim::{guest_image::GuestImage, lab::Lab, link::Shape};
+
+use crate::setup;
+
+mod outcome;
+mod plain_qemu;
+mod table;
+mod watch;
+
+use outcome::Outcome;
+
+/// The pause that godwit aims at, and that one of QEMU's contenders is given as its limit.
+const DOWNTIME_TARGET: Duration = Duration::from_millis(50);
+/// Memory of the guest.
+const GUEST_MEMORY_MB: u64 = 512;
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub(crate) struct Request {
+    pub(crate) json: Option<PathBuf>,
+    /// Names of contenders; empty: all.
+    pub(crate) only: Vec<String>,
+    pub(crate) workload: String,
+    /// Mbit/s.
+    pub(crate) rate: u64,
+    /// Milliseconds.
+    pub(crate) round_trip: u64,
+}
+
+/// Where a contender does its work.
+struct Stage<'a> {
+    lab: &'a Lab,
+    image: &'a GuestImage,
+    workload: &'a str,
+}
+
+type Contender = (&'static str, fn(&Stage) -> Result<Outcome>);
+
+const CONTENDERS: [Contender; 3] = [
+    ("qemu-precopy", |stage| plain_qemu::run(stage, &plain_qemu::PRECOPY)),
+    ("qemu-xbzrle", |stage| plain_qemu::run(stage, &plain_qemu::XBZRLE)),
+    ("qemu-xbzrle-downtime", |stage| plain_qemu::run(stage, &plain_qemu::XBZRLE_DOWNTIME)),
+];
+
+/// Runs the contenders one after the other and prints them side by side.
+///
+/// # Errors
+/// When something is missing, or a contender fails rather than loses.
+pub(crate) fn run(request: &Request) -> Result<()> {
+    setup::run()?;
+    let image = GuestImage::ensure()?;
+    let round_trip = Duration::from_millis(request.round_trip);
+    let lab = Lab::new(Shape::symmetric(request.rate, round_trip))?;
+    let stage = Stage { lab: &lab, image: &image, workload: &request.workload };
+    println!(
+        "a {GUEST_MEMORY_MB} MB guest ({}), over {} Mbit/s with a round trip of {} ms",
+        request.workload, request.rate, request.round_trip
+    );
+    let mut outcomes = Vec::new();
+    let wanted = |name: &str| request.only.is_empty() || request.only.iter().any(|only| only == name);
+    for (name, contend) in CONTENDERS.into_iter().filter(|(name, _)| wanted(name)) {
+        println!("\n{name}");
+        outcomes.push(contend(&stage).with_context(|| format!("{name} failed"))?);
+    }
+    print!("\n{}", table::render(&outcomes, round_trip));
+    println!("link emulator: {:.1} s of CPU", lab.relay_statistics().cpu.as_secs_f64());
+    if let Some(path) = &request.json {
+        std::fs::write(path, serde_json::to_string_pretty(&outcomes)? + "\n")
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}

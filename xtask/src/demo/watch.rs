@@ -1,0 +1,81 @@
+//! A guest seen from outside while a contender moves it.
+
+use std::{
+    net::Ipv4Addr,
+    thread::sleep,
+    time::{Duration, SystemTime},
+};
+
+use anyhow::{Context, Result};
+use godwit_sim::{
+    lab::{FIRST_GUEST_ADDRESS, Lab, Place, WireBytes},
+    observer::{BeatListener, Progress},
+};
+
+use super::outcome::Outcome;
+
+/// Where the guest is.
+pub(super) const GUEST_ADDRESS: Ipv4Addr = FIRST_GUEST_ADDRESS;
+/// How long the guest's pace is watched before anything happens to it.
+const BEFORE: Duration = Duration::from_secs(5);
+/// How long it is watched afterwards, so that its silence is seen to end and the last acknowledgements are counted.
+const AFTER: Duration = Duration::from_millis(1_000);
+const BOOT_LIMIT: Duration = Duration::from_secs(60);
+const CHECK_LIMIT: Duration = Duration::from_secs(60);
+
+/// A guest that is being followed over a connection held throughout.
+pub(super) struct Watch<'a> {
+    lab: &'a Lab,
+    beat: BeatListener,
+    progress: Progress,
+}
+
+/// The time from the request to the guest running at the target.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Span {
+    pub(super) started: SystemTime,
+    pub(super) ended: SystemTime,
+}
+
+impl<'a> Watch<'a> {
+    /// Waits until the guest has booted and its pace is known.
+    pub(super) fn start(lab: &'a Lab, beat: BeatListener) -> Result<Watch<'a>> {
+        let progress = Progress::connect(&lab.namespace(Place::Lan), GUEST_ADDRESS, BOOT_LIMIT)
+            .context("the guest has not booted")?;
+        let watch = Watch { lab, beat, progress };
+        sleep(BEFORE + AFTER);
+        Ok(watch)
+    }
+
+    /// What the link has carried so far.
+    pub(super) fn wire_bytes(&self) -> Result<WireBytes> {
+        Ok(self.lab.wire_bytes()?)
+    }
+
+    /// Draws up the account of a contender.
+    pub(super) fn outcome(&self, contender: &'static str, span: Span, before: WireBytes) -> Result<Outcome> {
+        sleep(AFTER);
+        let usual = self.progress.rate(span.started - BEFORE, span.started);
+        let during = self.progress.rate(span.started, span.ended);
+        Ok(Outcome {
+            contender,
+            converged: false,
+            wire_bytes: self.wire_bytes()?.since(before).total(),
+            total_ms: milliseconds(span.started, span.ended),
+            downtime_ms: None,
+            guest_progress_ratio: usual.zip(during).map(|(usual, during)| during / usual),
+            memory_digest_equal: None,
+            largest_beat_gap: self.beat.largest_gap(span.started, span.ended + AFTER / 2),
+        })
+    }
+
+    /// Has the guest check its memory against all it ever wrote.
+    pub(super) fn check(&self) -> Result<String> {
+        Ok(self.progress.check(CHECK_LIMIT)?)
+    }
+}
+
+/// Milliseconds from one moment to a later one.
+pub(super) fn milliseconds(earlier: SystemTime, later: SystemTime) -> f64 {
+    later.duration_since(earlier).unwrap_or_default().as_secs_f64() * 1000.0
+}
