@@ -1,0 +1,90 @@
+//! Moves frames between the core and one set of connections, until the first of them fails.
+
+use std::{io, sync::Arc};
+
+use bytes::Buf;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf, split},
+    net::TcpStream,
+    task::JoinSet,
+    time::timeout_at,
+};
+use tokio_rustls::TlsStream;
+
+use super::{
+    core::{Role, Transmit, Violation},
+    frame::{Decoder, Frame},
+    link::{Connections, LinkError},
+    shared::Shared,
+};
+
+type Stream = TlsStream<TcpStream>;
+
+/// What ended a set of connections.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Fault {
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    #[error(transparent)]
+    Violation(#[from] Violation),
+}
+
+/// Carries frames until a connection fails; all of them are closed when this returns or is dropped.
+pub(super) async fn carry(shared: &Arc<Shared>, connections: Connections) -> Fault {
+    let mut tasks = JoinSet::new();
+    for (role, stream) in connections.streams {
+        let (reader, writer) = split(stream);
+        tasks.spawn(read_frames(shared.clone(), role, reader));
+        tasks.spawn(write_frames(shared.clone(), role, writer));
+    }
+    match tasks.join_next().await {
+        Some(Ok(Err(fault))) => fault,
+        // Neither loop ends but by a fault, and there is always a connection; what remains is a panic.
+        _ => LinkError::Stopped.into(),
+    }
+}
+
+async fn read_frames(shared: Arc<Shared>, role: Role, mut reader: ReadHalf<Stream>) -> Result<(), Fault> {
+    let mut decoder = Decoder::default();
+    let mut frames = Vec::new();
+    loop {
+        let buffer = decoder.buffer();
+        match reader.read_buf(buffer).await {
+            Ok(0) => return Err(LinkError::reading(role, io::ErrorKind::UnexpectedEof.into()).into()),
+            Ok(_) => {}
+            Err(error) => return Err(LinkError::reading(role, error).into()),
+        }
+        while let Some(frame) = decoder.next_frame().map_err(Violation::from)? {
+            frames.push(frame);
+        }
+        if !frames.is_empty() {
+            shared.receive(role, &mut frames)?;
+            shared.readable(role.lane()).await;
+        }
+    }
+}
+
+async fn write_frames(shared: Arc<Shared>, role: Role, mut writer: WriteHalf<Stream>) -> Result<(), Fault> {
+    let failed = |error| LinkError::writing(role, error);
+    loop {
+        let (transmit, changed) = shared.poll_transmit(role);
+        match transmit {
+            Transmit::Frame(frame) => write_frame(&mut writer, frame).await.map_err(failed)?,
+            Transmit::Wait(until) => {
+                writer.flush().await.map_err(failed)?;
+                // Either way the core is asked again.
+                let _ = timeout_at(until.into(), changed).await;
+            }
+            Transmit::Idle => {
+                writer.flush().await.map_err(failed)?;
+                changed.await;
+            }
+        }
+    }
+}
+
+/// Writes header and payload together, so that they share TLS records.
+async fn write_frame(writer: &mut WriteHalf<Stream>, frame: Frame) -> io::Result<()> {
+    let header = frame.header.encode();
+    writer.write_all_buf(&mut Buf::chain(header.as_slice(), frame.payload)).await
+}
