@@ -131,14 +131,14 @@ fn lines(sub_block: &SubBlock) -> &[[u8; LINE_BYTES]] {
 
 /// A bit for each byte of a line that differs.
 fn changed_bytes(old: &[u8; LINE_BYTES], new: &[u8; LINE_BYTES]) -> u64 {
-    if old == new {
+    let (old, _) = old.as_chunks::<8>();
+    let (new, _) = new.as_chunks::<8>();
+    let xor: [u64; LINE_BYTES / 8] =
+        std::array::from_fn(|word| u64::from_le_bytes(old[word]) ^ u64::from_le_bytes(new[word]));
+    if xor.iter().fold(0, |all, word| all | word) == 0 {
         return 0;
     }
-    let words = old.as_chunks::<8>().0.iter().zip(new.as_chunks::<8>().0);
-    words.enumerate().fold(0, |mask, (word, (old, new))| {
-        let xor = u64::from_le_bytes(*old) ^ u64::from_le_bytes(*new);
-        mask | nonzero_bytes(xor) << (word * 8)
-    })
+    (0..).zip(xor).fold(0, |mask, (word, xor)| mask | nonzero_bytes(xor) << (word * 8))
 }
 
 /// A bit for each byte of a word that isn't zero: carries into each byte's top bit, then gathers the top bits.

@@ -71,7 +71,7 @@ impl Encoder {
     }
 
     /// `key_of` makes the content index's keys; tests give one that collides.
-    fn with_keys(limits: EncoderLimits, key_of: fn(u128) -> u64) -> Self {
+    pub(crate) fn with_keys(limits: EncoderLimits, key_of: fn(u128) -> u64) -> Self {
         Self {
             bases: Bases::new(limits.base_bytes),
             chain: Chain::default(),

@@ -45,6 +45,8 @@ mod index;
 mod memory;
 mod queue;
 mod rebuild;
+#[cfg(test)]
+mod roundtrip_tests;
 mod tally;
 
 pub use compress::{Compressor, OpenError, open_bytes, seal_bytes};

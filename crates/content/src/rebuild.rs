@@ -20,9 +20,10 @@ enum Version {
 /// Everything that a batch refers to.
 #[derive(Default)]
 pub(crate) struct Sources {
-    /// Each block's version after as much of the batch as was looked at.
-    latest: HashMap<BlockId, Version>,
-    /// What to read from memory, each block once.
+    /// Blocks of the batch, as far as it was looked at, by the number of their latest version.
+    rebuilt: HashMap<BlockId, usize>,
+    /// Blocks to be read from memory, by their number.
+    read: HashMap<BlockId, usize>,
     ids: Vec<BlockId>,
     contents: Vec<u8>,
     /// One for each zero block, reference and delta, in order.
@@ -32,13 +33,14 @@ pub(crate) struct Sources {
 impl Sources {
     /// Finds out what the batch refers to and reads it in one call.
     pub(crate) fn gather(&mut self, columns: &Columns, memory: &mut impl Memory) -> Result<(), MemoryError> {
-        self.latest.clear();
+        self.rebuilt.clear();
+        self.read.clear();
         self.ids.clear();
         self.needed.clear();
         let mut references = columns.references.iter().map(|reference| reference.id);
         for (position, (id, form, sub_forms)) in columns.blocks().enumerate() {
             match form {
-                Form::Zero => self.need(Some(id)),
+                Form::Zero => self.need_from_memory(id),
                 Form::Reference => self.need(references.next()),
                 Form::Delta | Form::Literal | Form::Mixed => {
                     for sub_form in sub_forms {
@@ -50,7 +52,7 @@ impl Sources {
                     }
                 }
             }
-            self.latest.insert(id, Version::Rebuilt(position));
+            self.rebuilt.insert(id, position);
         }
         self.contents.resize(self.ids.len() * BLOCK_BYTES, 0);
         if self.ids.is_empty() { Ok(()) } else { memory.read(&self.ids, &mut self.contents) }
@@ -58,18 +60,24 @@ impl Sources {
 
     /// Whether no later block of the batch replaces the one at `position`.
     pub(crate) fn is_last(&self, id: BlockId, position: usize) -> bool {
-        self.latest.get(&id) == Some(&Version::Rebuilt(position))
+        self.rebuilt.get(&id) == Some(&position)
     }
 
     /// Notes the version that is current now. A reference that the columns lack is noticed when they are parsed.
     fn need(&mut self, id: Option<BlockId>) {
-        let Some(id) = id else { return };
-        let ids = &mut self.ids;
-        let version = *self.latest.entry(id).or_insert_with(|| {
-            ids.push(id);
-            Version::Read(ids.len() - 1)
+        match id.map(|id| (id, self.rebuilt.get(&id))) {
+            Some((_, Some(number))) => self.needed.push(Version::Rebuilt(*number)),
+            Some((id, None)) => self.need_from_memory(id),
+            None => {}
+        }
+    }
+
+    fn need_from_memory(&mut self, id: BlockId) {
+        let number = *self.read.entry(id).or_insert_with(|| {
+            self.ids.push(id);
+            self.ids.len() - 1
         });
-        self.needed.push(version);
+        self.needed.push(Version::Read(number));
     }
 
     fn content<'a>(&'a self, version: Version, rebuilt: &'a [Block]) -> &'a Block {
@@ -105,7 +113,7 @@ impl<'a> Rebuild<'a> {
     }
 
     /// Rebuilds the next block into `block`, which is zero; `earlier` are the blocks before it. Returns whether the
-    /// block differs from memory, as far as that is known: a zero block is compared, others may be equal.
+    /// block may differ from memory: zero blocks are compared, others aren't.
     pub(crate) fn block(
         &mut self,
         form: Form,
@@ -116,9 +124,7 @@ impl<'a> Rebuild<'a> {
         match form {
             Form::Zero => {
                 let version = self.needed()?;
-                let was_zero =
-                    matches!(version, Version::Read(_)) && is_zero(self.sources.content(version, earlier));
-                return Ok(!was_zero);
+                return Ok(!is_zero(self.sources.content(version, earlier)));
             }
             Form::Reference => {
                 self.reference_sub_blocks.next();
