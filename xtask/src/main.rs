@@ -1,12 +1,15 @@
 //! Everything a developer runs: `cargo xtask setup|lab|demo|test|tidy`.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Result;
 use clap::Parser;
 
 mod demo;
+mod lab;
 mod setup;
+mod test;
+mod tidy;
 
 /// What developers run.
 #[derive(Debug, Parser)]
@@ -14,6 +17,23 @@ mod setup;
 enum Task {
     /// Install or fetch what is missing: QEMU, busybox, a guest kernel.
     Setup,
+    /// Make two hosts and a link to try things in, and obey commands until `quit`.
+    Lab {
+        /// Rate of the link, Mbit/s.
+        #[arg(long, default_value_t = 100)]
+        rate: u64,
+        /// Round trip of the link, milliseconds.
+        #[arg(long, default_value_t = 20)]
+        round_trip: u64,
+    },
+    /// Run every check and every test.
+    Test {
+        /// Run the long tests too.
+        #[arg(long)]
+        long: bool,
+    },
+    /// Check the map of the crates, and the sources for length and names.
+    Tidy,
     /// Migrate a busy guest with godwit and with QEMU alone, over the same link, and compare.
     Demo {
         /// Write the figures to this file, as a JSON list with one object a contender.
@@ -47,6 +67,9 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<()> {
     match task {
         Task::Setup => setup::run(),
+        Task::Lab { rate, round_trip } => lab::run(rate, Duration::from_millis(round_trip)),
+        Task::Test { long } => test::run(long),
+        Task::Tidy => tidy::run(),
         Task::Demo { json, only, workload, rate, round_trip } => {
             demo::run(&demo::Request { json, only, workload, rate, round_trip })
         }
