@@ -8,6 +8,7 @@ use std::{fmt, io, time::Duration};
 use rustls::server::Acceptor;
 use rustls_pki_types::ServerName;
 use tokio::{
+    io::Interest,
     net::TcpStream,
     time::{sleep, timeout},
 };
@@ -112,6 +113,8 @@ async fn peek_patiently(stream: &TcpStream) -> Result<Route, RouteError> {
             if let Some(route) = parse_client_hello(&bytes[..seen])? {
                 return Ok(route);
             }
+        } else if stream.ready(Interest::READABLE).await?.is_read_closed() {
+            return Err(RouteError::Ended);
         }
         if seen == bytes.len() {
             return Err(RouteError::NotTls { reason: "its client hello is too long".to_owned() });
