@@ -4,7 +4,7 @@ use crate::bases::Reference;
 use crate::batch::{Columns, Form, Header, SubForm, SubForms};
 use crate::compress::Compressor;
 use crate::delta::{Deltas, RUN_BYTES};
-use crate::{BLOCK_BYTES, Block, BlockId, Chain, SUB_BLOCKS, SubBlock, Tally, sub_blocks};
+use crate::{BLOCK_BYTES, Block, BlockId, Chain, SUB_BLOCK_BYTES, SUB_BLOCKS, SubBlock, Tally, sub_blocks};
 
 /// Blocks whose forms are decided, all but one question: whether a long delta is really shorter than the compressed
 /// content. Owns what it needs, so that any thread can [`seal`](Draft::seal) it.
@@ -86,6 +86,14 @@ impl Draft {
         compressor.columns = columns;
         compressor.control = control;
         Batch { bytes, tally }
+    }
+
+    /// What each block costs before compression if it is sent as its delta; dense parts count as they are.
+    pub(crate) fn delta_sizes(&self) -> impl Iterator<Item = usize> {
+        self.outline.blocks.iter().map(|block| {
+            let literals = block.sub_forms.iter().filter(|form| **form == SubForm::Literal).count();
+            block.delta_cost + literals * SUB_BLOCK_BYTES
+        })
     }
 
     fn assemble(&self, columns: &mut Columns, compressor: &mut Compressor) -> Tally {

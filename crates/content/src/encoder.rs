@@ -6,7 +6,7 @@ use crate::bases::{Bases, Keys, Reference, Seen};
 use crate::batch::SubForm;
 use crate::digest::{self, Chain, Digests, Link};
 use crate::draft::{BlockOutline, Draft, Outline};
-use crate::{BATCH_BLOCKS, BLOCK_BYTES, Block, BlockVersion, SUB_BLOCKS, is_zero, sub_blocks};
+use crate::{BATCH_BLOCKS, BLOCK_BYTES, Block, BlockId, BlockVersion, SUB_BLOCKS, is_zero, sub_blocks};
 
 /// The bounds of an [`Encoder`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -102,6 +102,11 @@ impl Encoder {
     /// has decoded all of it.
     pub fn chain(&self) -> Chain {
         self.chain
+    }
+
+    /// Whether the version last sent of a block is kept.
+    pub(crate) fn has_base(&self, id: BlockId) -> bool {
+        self.bases.get(id).is_some()
     }
 
     /// Decides the form of up to [`BATCH_BLOCKS`] blocks, whose `contents` follow each other in the order of

@@ -33,6 +33,7 @@
 //! # Ok::<(), godwit_content::DecodeError>(())
 //! ```
 
+pub mod analyze;
 mod bases;
 mod batch;
 mod compress;
