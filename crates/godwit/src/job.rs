@@ -13,19 +13,19 @@ use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 /// The file in which the agent leaves the job.
-pub const JOB_FILE: &str = "job.json";
+pub(crate) const JOB_FILE: &str = "job.json";
 /// The socket of a running worker: NDJSON events out, NDJSON commands in.
-pub const WORKER_SOCKET: &str = "worker.sock";
+pub(crate) const WORKER_SOCKET: &str = "worker.sock";
 /// The socket (SOCK_SEQPACKET) to which the target's agent passes accepted TCP connections by SCM_RIGHTS.
-pub const ACCEPT_SOCKET: &str = "accept.sock";
+pub(crate) const ACCEPT_SOCKET: &str = "accept.sock";
 /// All events so far, one JSON object a line.
-pub const EVENTS_FILE: &str = "events.ndjson";
+pub(crate) const EVENTS_FILE: &str = "events.ndjson";
 /// The final report; its presence means that the worker is done.
-pub const REPORT_FILE: &str = "report.json";
+pub(crate) const REPORT_FILE: &str = "report.json";
 
 /// Everything a worker needs to know; complete, so that a worker never asks its agent anything.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Job {
+pub(crate) struct Job {
     /// Names the migration at both hosts; also the TLS server name that routes connections (`m-<id>`).
     pub id: String,
     /// Which side this worker is.
@@ -52,10 +52,46 @@ pub struct Job {
     pub options: Options,
 }
 
+impl Job {
+    /// A report that says how the migration ended, without figures.
+    #[must_use]
+    pub(crate) fn report(&self, outcome: Outcome) -> Report {
+        let (source, target) = match self.role {
+            Role::Source => (self.host.clone(), self.peer.clone()),
+            Role::Target => (self.peer.clone(), self.host.clone()),
+        };
+        Report {
+            id: self.id.clone(),
+            machine: self.spec.name.clone(),
+            role: self.role,
+            source,
+            target,
+            outcome,
+            detail: None,
+            machine_is_at: None,
+            total_ms: 0,
+            downtime_ms: None,
+            downtime_source_ms: None,
+            round_trip_ms: None,
+            predicted_downtime_ms: None,
+            wire_bytes: 0,
+            techniques: Techniques::default(),
+            device_state_bytes: 0,
+            passes: 0,
+            versions_named: 0,
+            versions_coalesced: 0,
+            pages_in_pause: 0,
+            peak_memory_bytes: 0,
+            cpu_seconds: 0.0,
+            pages_verified: None,
+        }
+    }
+}
+
 /// Which end of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
-pub enum Role {
+pub(crate) enum Role {
     /// Has the machine.
     Source,
     /// Is to get it.
@@ -65,7 +101,7 @@ pub enum Role {
 /// What the operator chose for a migration; the same object in the API, on the wire and in the job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
-pub struct Options {
+pub(crate) struct Options {
     /// Limit on what the migration sends, bytes per second; `None`: what the link gives.
     pub bandwidth_bytes_per_second: Option<u64>,
     /// The pause to aim at, STOP to RESUME.
@@ -105,7 +141,7 @@ impl Default for Options {
 /// The stop policies a user can name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
-pub enum StopPolicyName {
+pub(crate) enum StopPolicyName {
     /// Stop when the predicted pause meets the target, or at its local minimum.
     Gate,
     /// CloudNet's Smart Stop: after pages sent and dirtied cross, the minimum over a sliding window.
@@ -115,7 +151,7 @@ pub enum StopPolicyName {
 /// How the target's memory is checked before it may run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum Verify {
+pub(crate) enum Verify {
     /// Every batch carries a chained digest of what it decodes to.
     Digest,
     /// Besides, both memories are read again and compared while both are paused.
@@ -125,7 +161,7 @@ pub enum Verify {
 /// What a worker can be told while it runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "command")]
-pub enum Command {
+pub(crate) enum Command {
     /// Give up; the guest goes on at the source. Too late once the token has left.
     Cancel,
     /// Change the bandwidth limit.
@@ -137,7 +173,7 @@ pub enum Command {
 
 /// One thing that happened, with the host's clock.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Event {
+pub(crate) struct Event {
     /// Milliseconds since the Unix epoch, at the host that says it.
     pub at_unix_ms: u64,
     /// What happened.
@@ -148,7 +184,7 @@ pub struct Event {
 /// What a worker reports while it runs.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "event")]
-pub enum Happening {
+pub(crate) enum Happening {
     /// The worker is up; a target now takes connections.
     Ready,
     /// A new phase began.
@@ -170,7 +206,7 @@ pub enum Happening {
 /// The phases of a migration, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Phase {
+pub(crate) enum Phase {
     /// Connecting, comparing, opening QEMU's stream.
     Preparing,
     /// The guest runs at the source while its memory is sent.
@@ -185,7 +221,7 @@ pub enum Phase {
 
 /// A snapshot for people and for `--json`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Progress {
+pub(crate) struct Progress {
     /// Pages that the target has in their newest known version.
     pub pages_settled: u64,
     /// Pages of the machine that migrate.
@@ -207,7 +243,7 @@ pub struct Progress {
 /// How a migration ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The machine lives at the target.
     Completed,
     /// The operator gave up; the machine is where it was.
@@ -220,7 +256,7 @@ pub enum Outcome {
 
 /// The account of a finished migration.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Report {
+pub(crate) struct Report {
     /// The migration.
     pub id: String,
     /// The machine's name.
@@ -272,7 +308,7 @@ pub struct Report {
 
 /// Pages and bytes by the form in which they travelled.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct Techniques {
+pub(crate) struct Techniques {
     /// Pages that were all zero.
     pub zero_pages: u64,
     /// Pages that the target had elsewhere.

@@ -1,4 +1,18 @@
-//! To be written.
+//! godwit moves running QEMU/KVM machines from host to host without a stop that anyone notices.
+//!
+//! One binary: the command line, the agent that runs on every host, and the worker that carries one migration. It
+//! wires the other crates together and holds no algorithm of its own.
+
+mod agent;
+mod api;
+mod cli;
+mod http;
 mod job;
+mod output;
+mod quantity;
+mod token;
 mod worker;
-fn main() {}
+
+fn main() -> std::process::ExitCode {
+    cli::main()
+}

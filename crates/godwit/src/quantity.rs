@@ -12,7 +12,7 @@ use std::time::Duration;
 
 /// Why a quantity can't be read; one line that shows how to write it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum QuantityError {
+pub(crate) enum QuantityError {
     /// Not a size.
     #[error("`{0}` is not a size; write it like 256M, 2G or 256MB")]
     Size(String),
@@ -28,7 +28,7 @@ pub enum QuantityError {
 ///
 /// # Errors
 /// [`QuantityError::Size`] for anything that isn't a non-negative number with a known unit, or doesn't fit.
-pub fn parse_size(text: &str) -> Result<u64, QuantityError> {
+pub(crate) fn parse_size(text: &str) -> Result<u64, QuantityError> {
     let fail = || QuantityError::Size(text.to_owned());
     let (number, unit) = split(text).ok_or_else(fail)?;
     scale(number, byte_unit(unit).ok_or_else(fail)?).ok_or_else(fail)
@@ -38,7 +38,7 @@ pub fn parse_size(text: &str) -> Result<u64, QuantityError> {
 ///
 /// # Errors
 /// [`QuantityError::Rate`] for anything else, and for zero: a migration at no rate never ends.
-pub fn parse_rate(text: &str) -> Result<u64, QuantityError> {
+pub(crate) fn parse_rate(text: &str) -> Result<u64, QuantityError> {
     let fail = || QuantityError::Rate(text.to_owned());
     let (number, unit) = split(text).ok_or_else(fail)?;
     let bytes = match bit_unit(unit) {
@@ -52,7 +52,7 @@ pub fn parse_rate(text: &str) -> Result<u64, QuantityError> {
 ///
 /// # Errors
 /// As [`parse_rate`].
-pub fn parse_rate_limit(text: &str) -> Result<RateLimit, QuantityError> {
+pub(crate) fn parse_rate_limit(text: &str) -> Result<RateLimit, QuantityError> {
     match text {
         "none" | "unlimited" => Ok(RateLimit(None)),
         rate => parse_rate(rate).map(|bytes| RateLimit(Some(bytes))),
@@ -61,13 +61,13 @@ pub fn parse_rate_limit(text: &str) -> Result<RateLimit, QuantityError> {
 
 /// A limit in bytes per second, or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct RateLimit(pub Option<u64>);
+pub(crate) struct RateLimit(pub Option<u64>);
 
 /// Reads a time.
 ///
 /// # Errors
 /// [`QuantityError::Time`] for anything that isn't a whole number of milliseconds or seconds.
-pub fn parse_time(text: &str) -> Result<Duration, QuantityError> {
+pub(crate) fn parse_time(text: &str) -> Result<Duration, QuantityError> {
     let fail = || QuantityError::Time(text.to_owned());
     let (number, unit) = split(text).ok_or_else(fail)?;
     let unit_ms = match unit {
@@ -120,14 +120,14 @@ fn scale(number: f64, unit: u64) -> Option<u64> {
 
 /// `268435456` → `256 MiB`.
 #[must_use]
-pub fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     let (value, unit) = reduce(bytes as f64, 1024.0, &["B", "KiB", "MiB", "GiB", "TiB"]);
     format!("{} {unit}", short(value))
 }
 
 /// Bytes per second as networks are sold: `10000000` → `80 Mbit/s`.
 #[must_use]
-pub fn rate(bytes_per_second: u64) -> String {
+pub(crate) fn rate(bytes_per_second: u64) -> String {
     let (value, unit) =
         reduce(bytes_per_second as f64 * 8.0, 1000.0, &["bit/s", "kbit/s", "Mbit/s", "Gbit/s"]);
     format!("{} {unit}", short(value))
@@ -135,7 +135,7 @@ pub fn rate(bytes_per_second: u64) -> String {
 
 /// `1500` → `1.50 s`.
 #[must_use]
-pub fn time_ms(ms: f64) -> String {
+pub(crate) fn time_ms(ms: f64) -> String {
     match ms {
         ms if ms < 1_000.0 => format!("{} ms", short(ms)),
         ms if ms < 120_000.0 => format!("{} s", short(ms / 1_000.0)),
@@ -145,7 +145,7 @@ pub fn time_ms(ms: f64) -> String {
 
 /// `1234567` → `1,234,567`.
 #[must_use]
-pub fn count(number: u64) -> String {
+pub(crate) fn count(number: u64) -> String {
     let digits = number.to_string();
     let mut grouped = String::with_capacity(digits.len() + digits.len() / 3);
     for (index, digit) in digits.chars().enumerate() {

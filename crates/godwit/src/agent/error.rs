@@ -1,0 +1,126 @@
+//! What the agent answers when it doesn't do what it was asked.
+
+use std::time::Duration;
+
+use axum::{
+    Json,
+    http::StatusCode,
+    response::{IntoResponse, Response},
+};
+use godwit_qemu::{
+    commandline::{BuildError, PolicyRefusal},
+    machine::SpecError,
+    qmp::QmpError,
+};
+
+use super::{state::StateError, taps::TapError};
+use crate::{
+    api::{Problem, ProblemCode},
+    output::one_line,
+    quantity::{size, time_ms},
+    token::TokenError,
+};
+
+/// Why a machine isn't touched: a rule forbids it, or it isn't in the state for it.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("{0} runs already")]
+    Runs(String),
+    #[error("{0} is off")]
+    Off(String),
+    #[error("{machine} is busy: {doing}")]
+    Busy { machine: String, doing: String },
+    #[error("{machine} was given to {holder}; migrate it back, or `godwit vm rm {machine}` if it is lost there")]
+    GivenAway { machine: String, holder: String },
+    #[error("{0} is known here and off; `godwit vm rm {0}` makes room for another")]
+    NameTaken(String),
+    #[error("{0} can't be moved to the host that it is on")]
+    SameHost(String),
+    #[error("{0} isn't among [peers] in this host's configuration")]
+    UnknownPeer(String),
+    #[error("machines may not be sent to {0}: may_receive isn't set for it in this host's configuration")]
+    MayNotReceive(String),
+    #[error("{0} may not send machines here: may_send isn't set for it in this host's configuration")]
+    MayNotSend(String),
+    #[error("{peer} refuses: {reason}")]
+    Peer { peer: String, reason: String },
+    #[error("{needed} are needed and {available} are free ({reserve} of it reserved)", needed = size(*needed_bytes),
+        available = size(*available_bytes), reserve = size(*reserve_bytes))]
+    Memory { needed_bytes: u64, available_bytes: u64, reserve_bytes: u64 },
+    #[error("epoch {offered} isn't newer than {known}, which this host has on record")]
+    OldEpoch { offered: u64, known: u64 },
+    #[error("{machine} was handed to {peer} and no answer came: only {peer} knows whether it took it")]
+    Unsettled { machine: String, peer: String },
+    #[error("the migration is over")]
+    Over,
+    #[error(transparent)]
+    Policy(#[from] PolicyRefusal),
+    #[error("{0}")]
+    Adoption(String),
+}
+
+/// Why a request fails.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum AgentError {
+    #[error("there is no {what} called {name} here")]
+    NotFound { what: &'static str, name: String },
+    #[error("{0}")]
+    Invalid(String),
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Build(#[from] BuildError),
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    #[error("QEMU's monitor failed")]
+    Qmp(#[from] QmpError),
+    #[error("QEMU doesn't start: {0}")]
+    Start(String),
+    #[error("{machine} still runs after {waited}; `godwit vm kill {machine}` ends it", waited = time_ms(timeout.as_millis() as f64))]
+    StillRunning { machine: String, timeout: Duration },
+    #[error("can't reach {peer}: {reason}")]
+    Unreachable { peer: String, reason: String },
+    #[error("the migration's worker {0}")]
+    Worker(String),
+}
+
+impl AgentError {
+    fn code(&self) -> ProblemCode {
+        match self {
+            Self::NotFound { .. } => ProblemCode::NotFound,
+            Self::Invalid(_) | Self::Spec(_) | Self::Build(_) => ProblemCode::Invalid,
+            Self::Refused(_) | Self::Unreachable { .. } => ProblemCode::Refused,
+            _ => ProblemCode::Failed,
+        }
+    }
+}
+
+impl From<AgentError> for Problem {
+    fn from(error: AgentError) -> Self {
+        Self { code: error.code(), message: one_line(&error) }
+    }
+}
+
+impl IntoResponse for AgentError {
+    fn into_response(self) -> Response {
+        Problem::from(self).into_response()
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let status = match self.code {
+            ProblemCode::Invalid => StatusCode::BAD_REQUEST,
+            ProblemCode::Refused => StatusCode::CONFLICT,
+            ProblemCode::NotFound => StatusCode::NOT_FOUND,
+            ProblemCode::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        (status, Json(self)).into_response()
+    }
+}

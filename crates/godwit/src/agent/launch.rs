@@ -1,0 +1,168 @@
+//! Starting QEMU for a machine, and clearing away what it leaves.
+//!
+//! ```text
+//! TAPs made ──► QEMU starts, daemonises ──► monitor answers ──► process and spec written down
+//!     └── any failure: QEMU killed, TAPs removed, nothing written ──┘
+//! ```
+
+use std::{
+    process::{Command, Output, Stdio},
+    time::Duration,
+};
+
+use godwit_qemu::{
+    commandline::{Launch, build},
+    machine::{Accel, Spec},
+};
+use tokio::time::timeout;
+
+use super::{
+    Agent,
+    error::AgentError,
+    machines::{self, monitor},
+    process::{self, Privilege, Process},
+    state::{MachineDir, Running},
+    taps,
+};
+
+/// How long QEMU may take until it is up: it allocates memory and opens images.
+const START_TIMEOUT: Duration = Duration::from_secs(60);
+/// QEMU's complaints are shown up to here.
+const COMPLAINT_CHARS_MAX: usize = 400;
+
+/// Starts the machine in its directory and writes down process and spec, with its versioned machine type.
+///
+/// A failure leaves nothing behind but the directory.
+pub(super) async fn start(
+    agent: &Agent,
+    mut spec: Spec,
+    directory: &MachineDir,
+    incoming: bool,
+) -> Result<Running, AgentError> {
+    let (taps, made) = make_taps(agent, &spec).await?;
+    let started = launch(agent, &spec, directory, taps, incoming).await;
+    let process = match started {
+        Ok(process) => process,
+        Err(error) => {
+            remove_taps(&made).await;
+            return Err(error);
+        }
+    };
+    let running = Running { process, taps: made, adopted_qmp: None };
+    let settled = async {
+        spec.machine = monitor(directory, &running).await?.machine_type().await?;
+        directory.create(&spec)?;
+        directory.set_running(&running)?;
+        Ok::<(), AgentError>(())
+    };
+    if let Err(error) = settled.await {
+        machines::end(directory, &running).await;
+        remove_taps(&running.taps).await;
+        directory.clear_running();
+        return Err(error);
+    }
+    Ok(running)
+}
+
+/// Removes the TAPs, sockets and the note of a machine whose process is gone (or no concern of ours any more).
+pub(super) async fn clear(directory: &MachineDir) {
+    if let Ok(Some(running)) = directory.running() {
+        remove_taps(&running.taps).await;
+    }
+    directory.clear_running();
+}
+
+/// The TAPs of all cards, in order, and those of them that were made here.
+async fn make_taps(agent: &Agent, spec: &Spec) -> Result<(Vec<String>, Vec<String>), AgentError> {
+    let (mut all, mut made) = (Vec::new(), Vec::new());
+    for (index, net) in spec.net.iter().enumerate() {
+        let Some(bridge) = &net.bridge else {
+            all.extend(net.tap.clone());
+            continue;
+        };
+        let tap = taps::name(agent.config.name.as_str(), &spec.name, index);
+        if let Err(error) = taps::create(&tap, bridge, net.queues > 1).await {
+            remove_taps(&made).await;
+            return Err(error.into());
+        }
+        all.push(tap.clone());
+        made.push(tap);
+    }
+    Ok((all, made))
+}
+
+async fn remove_taps(made: &[String]) {
+    for tap in made {
+        taps::remove(tap).await;
+    }
+}
+
+/// Starts QEMU and waits until it has daemonised.
+async fn launch(
+    agent: &Agent,
+    spec: &Spec,
+    directory: &MachineDir,
+    taps: Vec<String>,
+    incoming: bool,
+) -> Result<Process, AgentError> {
+    let accel = match spec.accel {
+        Accel::Auto => agent.accelerator().await,
+        chosen => chosen,
+    };
+    let emulator = agent.emulator.clone();
+    let launch = Launch { emulator, accel, directory: directory.files().clone(), taps, incoming };
+    let arguments = build(spec, &launch)?;
+    directory.clear_running();
+    let output = run(arguments).await?;
+    let complaint = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() {
+        return Err(AgentError::Start(shorten(&complaint)));
+    }
+    if !complaint.trim().is_empty() {
+        tracing::warn!(machine = spec.name, "QEMU says: {}", shorten(&complaint));
+    }
+    let pid = std::fs::read_to_string(directory.files().pid_file()).ok();
+    let process = pid.and_then(|pid| Process::of(pid.trim().parse().ok()?));
+    process.ok_or_else(|| AgentError::Start("it ended as soon as it was up".to_owned()))
+}
+
+async fn run(arguments: Vec<String>) -> Result<Output, AgentError> {
+    let failed = |error: std::io::Error| AgentError::Start(error.to_string());
+    let (program, arguments) =
+        arguments.split_first().ok_or_else(|| AgentError::Start("no command line".to_owned()))?;
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = process::spawn(command, Privilege::NoTrace).map_err(failed)?;
+    let starting = Process::of(child.id().cast_signed());
+    let output = tokio::task::spawn_blocking(move || child.wait_with_output());
+    match timeout(START_TIMEOUT, output).await {
+        Ok(Ok(output)) => output.map_err(failed),
+        Ok(Err(_)) => Err(AgentError::Start("waiting for it failed".to_owned())),
+        Err(_) => {
+            starting.inspect(|process| process.kill());
+            Err(AgentError::Start(format!("it isn't up after {} s", START_TIMEOUT.as_secs())))
+        }
+    }
+}
+
+/// QEMU's complaint as one bounded line.
+fn shorten(complaint: &str) -> String {
+    let line = complaint.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
+    let mut line: String = line.chars().take(COMPLAINT_CHARS_MAX).collect();
+    if line.is_empty() {
+        line.push_str("it ended without a word");
+    }
+    line
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_complaint_becomes_one_line() {
+        assert_eq!(shorten("a\n\n  b\n"), "a; b");
+        assert_eq!(shorten(""), "it ended without a word");
+        assert_eq!(shorten(&"x".repeat(9_999)).len(), COMPLAINT_CHARS_MAX);
+    }
+}

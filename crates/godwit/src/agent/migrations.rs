@@ -1,0 +1,344 @@
+//! Following migrations to their end, and what the agent does then.
+//!
+//! A worker does the migration. The agent listens to its events, keeps the newest in memory for whoever asks, and when
+//! the worker has ended puts the host in order:
+//!
+//! | role | completed | else |
+//! |---|---|---|
+//! | source | QEMU is made sure to be gone, TAPs are removed; spec and token record stay, so that `vm run` names the holder | nothing changes |
+//! | target | the machine is this host's | QEMU is killed, TAPs and directory go; a token record stays, so that the epoch is never accepted again |
+//!
+//! An unsettled source keeps its paused QEMU: it may yet be asked to go on.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::UnixStream,
+    sync::watch,
+    time::{sleep, timeout},
+};
+use tracing::Instrument;
+
+use super::{
+    Agent,
+    error::{AgentError, Refusal},
+    launch, machines,
+    machines::Claim,
+    ownership::{self, Holder},
+    state, workers,
+};
+use crate::{
+    api::Migration,
+    job::{self, Command, Event, Happening, Job, Outcome, Phase, Progress, Report, Role},
+};
+
+/// Finished migrations that are kept.
+const FINISHED_MAX: usize = 100;
+/// How often a worker that doesn't listen yet is tried again.
+const RETRY: Duration = Duration::from_millis(20);
+/// How long a worker may take to take a command.
+const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a connection stays open after a command was written.
+const LINGER: Duration = Duration::from_secs(2);
+/// How long the source's QEMU may take to quit after the machine went.
+const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The longest event of a worker.
+const EVENT_BYTES_MAX: u64 = 1 << 20;
+
+/// The migrations under way.
+#[derive(Debug, Default)]
+pub(super) struct Migrations(Mutex<BTreeMap<String, Tracked>>);
+
+#[derive(Debug)]
+struct Tracked {
+    job: Job,
+    news: watch::Sender<News>,
+}
+
+/// The newest of a migration.
+#[derive(Debug, Clone)]
+pub(super) struct News {
+    /// The worker takes connections.
+    pub(super) ready: bool,
+    phase: Phase,
+    progress: Progress,
+    /// It is over.
+    pub(super) report: Option<Report>,
+}
+
+impl Default for News {
+    fn default() -> Self {
+        Self { ready: false, phase: Phase::Preparing, progress: Progress::default(), report: None }
+    }
+}
+
+impl Migrations {
+    /// The migration that a machine is in.
+    pub(super) fn of_machine(&self, machine: &str) -> Option<Job> {
+        self.lock().values().find(|tracked| tracked.job.spec.name == machine).map(|tracked| tracked.job.clone())
+    }
+
+    /// How many are under way.
+    pub(super) fn count(&self) -> usize {
+        self.lock().len()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Tracked>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn watch(&self, id: &str) -> Option<watch::Receiver<News>> {
+        self.lock().get(id).map(|tracked| tracked.news.subscribe())
+    }
+}
+
+impl Agent {
+    /// Writes the job, starts its worker and follows it; the machine stays claimed until the end.
+    pub(super) fn begin(self: &Arc<Self>, job: Job, claim: Claim) -> Result<watch::Receiver<News>, AgentError> {
+        let directory = self.state.migration(&job.id);
+        state::write_job(&directory, &job)?;
+        if let Err(error) = workers::spawn(&directory, &job.id) {
+            let _ = fs::remove_dir_all(&directory);
+            return Err(error);
+        }
+        Ok(self.follow(job, claim))
+    }
+
+    /// Takes up the migrations that were under way when the last agent ended.
+    pub(super) fn resume_migrations(self: &Arc<Self>) {
+        for id in self.state.migrations().unwrap_or_default() {
+            let directory = self.state.migration(&id);
+            if directory.join(job::REPORT_FILE).exists() {
+                continue;
+            }
+            let resumed = state::read_json::<Job>(&directory.join(job::JOB_FILE))
+                .map_err(AgentError::from)
+                .and_then(|job| Ok((self.busy.claim(&job.spec.name, &doing(&job))?, job)));
+            match resumed {
+                Ok((claim, job)) => drop(self.follow(job, claim)),
+                Err(error) => tracing::warn!(migration = id, %error, "can't be taken up"),
+            }
+        }
+    }
+
+    /// All migrations that are remembered, the newest first.
+    pub(super) fn list_migrations(&self) -> Result<Vec<Migration>, AgentError> {
+        let mut dated: Vec<(SystemTime, Migration)> = Vec::new();
+        for id in self.state.migrations()? {
+            let written = fs::metadata(self.state.migration(&id).join(job::JOB_FILE)).and_then(|it| it.modified());
+            if let (Ok(written), Ok(migration)) = (written, self.show_migration(&id)) {
+                dated.push((written, migration));
+            }
+        }
+        dated.sort_by_key(|(written, _)| std::cmp::Reverse(*written));
+        Ok(dated.into_iter().map(|(_, migration)| migration).collect())
+    }
+
+    /// One migration.
+    pub(super) fn show_migration(&self, id: &str) -> Result<Migration, AgentError> {
+        let directory = self.state.migration(self.existing(id)?);
+        let job: Job = state::read_json(&directory.join(job::JOB_FILE))?;
+        let news = match self.migrations.watch(id) {
+            Some(news) => news.borrow().clone(),
+            None => {
+                let report = state::read_json(&directory.join(job::REPORT_FILE)).ok();
+                News { phase: Phase::Done, report, ..News::default() }
+            }
+        };
+        let News { phase, progress, report, .. } = news;
+        Ok(Migration { id: job.id, machine: job.spec.name, role: job.role, peer: job.peer, phase, progress, report })
+    }
+
+    /// Tells the worker of a migration something.
+    pub(super) async fn command(&self, id: &str, command: &Command) -> Result<Migration, AgentError> {
+        let directory = self.state.migration(self.existing(id)?);
+        if directory.join(job::REPORT_FILE).exists() {
+            return Err(Refusal::Over.into());
+        }
+        let say = async {
+            let mut worker = UnixStream::connect(directory.join(job::WORKER_SOCKET)).await?;
+            let mut line = serde_json::to_vec(command)?;
+            line.push(b'\n');
+            worker.write_all(&line).await?;
+            // The worker answers by events; reading one proves that it serves this connection.
+            let mut first = [0];
+            worker.read_exact(&mut first).await?;
+            Ok::<_, std::io::Error>(worker)
+        };
+        let said = timeout(COMMAND_TIMEOUT, say).await.unwrap_or_else(|late| Err(late.into()));
+        let mut worker = said.map_err(|error| AgentError::Worker(format!("can't be reached: {error}")))?;
+        // A worker that sees its client leave may not read what the client said last.
+        tokio::spawn(async move { timeout(LINGER, tokio::io::copy(&mut worker, &mut tokio::io::sink())).await });
+        self.show_migration(id)
+    }
+
+    /// The id of a migration that is remembered; nothing else may become a path.
+    pub(super) fn existing<'a>(&self, id: &'a str) -> Result<&'a str, AgentError> {
+        let exists = is_id(id) && self.state.migration(id).join(job::JOB_FILE).exists();
+        exists.then_some(id).ok_or_else(|| AgentError::NotFound { what: "migration", name: id.to_owned() })
+    }
+
+    fn follow(self: &Arc<Self>, job: Job, claim: Claim) -> watch::Receiver<News> {
+        let (news, receiver) = watch::channel(News::default());
+        self.migrations.lock().insert(job.id.clone(), Tracked { job: job.clone(), news: news.clone() });
+        let span = tracing::info_span!("migration", id = job.id, machine = job.spec.name, role = ?job.role);
+        let agent = self.clone();
+        let follow = async move {
+            tracing::info!(peer = job.peer, "begins");
+            let report = agent.listen(&job, &news).await;
+            tracing::info!(outcome = ?report.outcome, detail = report.detail, "ended");
+            agent.put_in_order(&job, &report).await;
+            agent.migrations.lock().remove(&job.id);
+            drop(claim);
+            news.send_modify(|news| news.report = Some(report));
+            agent.forget_the_oldest();
+        };
+        tokio::spawn(follow.instrument(span));
+        receiver
+    }
+
+    /// Listens to the worker until it has ended; its report, or what can be said without one.
+    async fn listen(&self, job: &Job, news: &watch::Sender<News>) -> Report {
+        let directory = self.state.migration(&job.id);
+        loop {
+            let alive = workers::is_alive(&directory);
+            if let Ok(stream) = UnixStream::connect(directory.join(job::WORKER_SOCKET)).await {
+                take_events(stream, news).await;
+            }
+            if let Ok(report) = state::read_json(&directory.join(job::REPORT_FILE)) {
+                return report;
+            }
+            if !alive {
+                return self.report_without_worker(job, &directory);
+            }
+            sleep(RETRY).await;
+        }
+    }
+
+    /// The worker died without a report: the token record says where the machine is.
+    fn report_without_worker(&self, job: &Job, directory: &Path) -> Report {
+        let here = self.config.name.to_string();
+        let holder = ownership::of(&self.state.machine(&job.spec.name)).map(|it| it.holder);
+        let (outcome, at) = match (job.role, holder) {
+            (Role::Source, Ok(Holder::Here)) => (Outcome::Failed, Some(here)),
+            (Role::Source, Ok(Holder::Peer(peer))) => (Outcome::Completed, Some(peer)),
+            (Role::Target, Ok(Holder::Here)) if self.has_record(job) => (Outcome::Completed, Some(here)),
+            (Role::Target, Ok(_)) => (Outcome::Failed, Some(job.peer.clone())),
+            (_, Ok(Holder::Unsettled(_)) | Err(_)) => (Outcome::Unsettled, None),
+        };
+        let detail = format!("the worker ended without a report; see {}", directory.join("worker.log").display());
+        let report = Report { detail: Some(detail), machine_is_at: at, ..job.report(outcome) };
+        if let Err(error) = state::write_json(&directory.join(job::REPORT_FILE), &report) {
+            tracing::warn!(%error, "no report written");
+        }
+        report
+    }
+
+    fn has_record(&self, job: &Job) -> bool {
+        self.state.machine(&job.spec.name).path().join(crate::token::TOKEN_FILE).exists()
+    }
+
+    async fn put_in_order(&self, job: &Job, report: &Report) {
+        let machine = self.state.machine(&job.spec.name);
+        match (job.role, report.outcome) {
+            (Role::Source, Outcome::Completed) => {
+                if let Ok(Some(running)) = machine.running() {
+                    if !machines::ends_within(&running, QUIT_TIMEOUT).await {
+                        tracing::warn!(pid = running.process.pid, "QEMU didn't quit; killed");
+                        running.process.kill();
+                    }
+                    launch::clear(&machine).await;
+                }
+            }
+            (Role::Target, outcome) if outcome != Outcome::Completed => self.abandon(&job.spec.name).await,
+            _ => {}
+        }
+    }
+
+    /// Removes a machine that didn't arrive; only its token record stays.
+    pub(super) async fn abandon(&self, name: &str) {
+        let machine = self.state.machine(name);
+        if let Ok(Some(running)) = machine.running() {
+            running.process.kill();
+            machines::ends_within(&running, QUIT_TIMEOUT).await;
+        }
+        launch::clear(&machine).await;
+        if let Err(error) = machine.remove_all_but_token() {
+            tracing::warn!(machine = name, %error, "not removed");
+        }
+    }
+
+    /// Keeps the newest [`FINISHED_MAX`] finished migrations.
+    fn forget_the_oldest(&self) {
+        let Ok(migrations) = self.list_migrations() else { return };
+        for old in migrations.iter().filter(|migration| migration.report.is_some()).skip(FINISHED_MAX) {
+            let _ = fs::remove_dir_all(self.state.migration(&old.id));
+        }
+    }
+}
+
+/// What a machine's claim says while it migrates.
+pub(super) fn doing(job: &Job) -> String {
+    let direction = if job.role == Role::Source { "migrates to" } else { "arrives from" };
+    format!("it {direction} {} (godwit cancel {})", job.peer, job.id)
+}
+
+/// Whether this is how ids look: 16 hexadecimal digits.
+pub(super) fn is_id(id: &str) -> bool {
+    id.len() == 16 && id.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+}
+
+/// Takes events until the worker closes the connection.
+async fn take_events(stream: UnixStream, news: &watch::Sender<News>) {
+    let mut lines = BufReader::new(stream);
+    loop {
+        let mut line = Vec::new();
+        match (&mut lines).take(EVENT_BYTES_MAX).read_until(b'\n', &mut line).await {
+            Ok(read) if read > 0 && line.ends_with(b"\n") => {}
+            _ => return,
+        }
+        match serde_json::from_slice::<Event>(&line) {
+            Ok(event) => news.send_modify(|news| apply(news, event.what)),
+            Err(error) => tracing::warn!(%error, "the worker's event makes no sense"),
+        }
+    }
+}
+
+fn apply(news: &mut News, what: Happening) {
+    match what {
+        Happening::Ready => news.ready = true,
+        Happening::Phase { phase } => news.phase = phase,
+        Happening::Progress(progress) => news.progress = progress,
+        Happening::Warning { message } => tracing::warn!("{message}"),
+        // The report counts once the host is in order.
+        Happening::Finished(_) => news.phase = Phase::Done,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_ids_become_paths() {
+        assert!(is_id("0123456789abcdef"));
+        for other in ["", "..", "0123456789abcde", "0123456789ABCDEF", "../../etc/passwd", "0123456789abcdef/"] {
+            assert!(!is_id(other), "{other}");
+        }
+    }
+
+    #[test]
+    fn news_follow_the_events() {
+        let mut news = News::default();
+        apply(&mut news, Happening::Ready);
+        apply(&mut news, Happening::Phase { phase: Phase::PreCopy });
+        assert!(news.ready && news.phase == Phase::PreCopy && news.report.is_none());
+    }
+}

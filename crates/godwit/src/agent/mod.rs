@@ -1,0 +1,214 @@
+//! The agent: one process a host, which starts machines and migrations and answers for them.
+//!
+//! It owns nothing that a machine or a migration needs to go on: QEMU and workers are processes of their own, and all
+//! that is known of them lies in the state directory and in `/proc`. An agent that is killed and started again goes on
+//! where it was.
+//!
+//! | module | what it does |
+//! |---|---|
+//! | [`config`] | `agent.toml` |
+//! | [`state`] | the state directory |
+//! | [`api`] | HTTP on the unix socket, for this host's operator |
+//! | [`listener`] | TCP, for other hosts: their agents, and the workers of migrations |
+//! | [`machines`], [`launch`], [`adoption`] | machines: what is asked about them, how they start |
+//! | [`migrations`], [`outgoing`], [`incoming`] | migrations: following them, and how each side begins one |
+
+mod accelerator;
+mod adoption;
+mod api;
+pub(crate) mod config;
+mod error;
+mod incoming;
+mod launch;
+mod listener;
+mod machines;
+mod migrations;
+mod outgoing;
+mod ownership;
+mod peers;
+mod process;
+mod state;
+mod taps;
+mod workers;
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
+
+use godwit_qemu::machine::Accel;
+use godwit_transport::identity::{HostIdentity, IdentityError};
+use tokio::{
+    net::{TcpListener, UnixListener},
+    signal::unix::{SignalKind, signal},
+    sync::OnceCell,
+};
+use tracing_subscriber::EnvFilter;
+
+pub(crate) use self::{api::openapi, state::StateError};
+use self::{
+    config::{Config, ConfigError},
+    machines::Busy,
+    migrations::Migrations,
+    state::StateDir,
+};
+
+/// The variable that says how much is logged, in the syntax of `tracing_subscriber::EnvFilter`.
+pub(crate) const LOG_VARIABLE: &str = "GODWIT_LOG";
+
+/// Why the agent doesn't start.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StartError {
+    /// Its configuration.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// Its identity.
+    #[error("{} holds no usable identity; see `godwit join --help`", directory.display())]
+    Identity {
+        /// Where it should be.
+        directory: PathBuf,
+        /// Why.
+        source: IdentityError,
+    },
+    /// Certificate and configuration disagree.
+    #[error("the configuration calls this host {configured}, its certificate {certified}")]
+    OtherName {
+        /// In `agent.toml`.
+        configured: String,
+        /// In `host.pem`.
+        certified: String,
+    },
+    /// No QEMU.
+    #[error("there is no {} that can be executed; install QEMU or set `emulator`", .0.display())]
+    Emulator(PathBuf),
+    /// Its state directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// TLS can't be set up.
+    #[error("can't set TLS up")]
+    Tls(#[from] godwit_transport::tls::ConfigError),
+    /// An address is taken or not permitted.
+    #[error("can't listen on {address}")]
+    Listen {
+        /// The socket or the TCP address.
+        address: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The runtime failed.
+    #[error("the agent stopped")]
+    Io(#[from] std::io::Error),
+}
+
+/// What all requests share.
+#[derive(Debug)]
+pub(crate) struct Agent {
+    config: Config,
+    state: StateDir,
+    identity: HostIdentity,
+    emulator: PathBuf,
+    accelerator: OnceCell<Accel>,
+    busy: Busy,
+    migrations: Migrations,
+}
+
+/// Runs the agent until SIGTERM or SIGINT, or only checks that it could.
+///
+/// # Errors
+/// [`StartError`], one line.
+pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let config = Config::load(config)?;
+    let identity = open_identity(&config)?;
+    let emulator = find_emulator(&config.emulator)?;
+    if check {
+        return Ok(());
+    }
+    process::lay_privilege_aside();
+    let state = StateDir::open(&config.state_dir)?;
+    let agent = Arc::new(Agent {
+        config,
+        state,
+        identity,
+        emulator,
+        accelerator: OnceCell::new(),
+        busy: Busy::default(),
+        migrations: Migrations::default(),
+    });
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(agent.serve())
+}
+
+impl Agent {
+    async fn serve(self: Arc<Self>) -> Result<(), StartError> {
+        let tls = godwit_transport::tls::server_config(&self.identity)?;
+        let unix = self.bind_socket()?;
+        let tcp = TcpListener::bind(self.config.listen)
+            .await
+            .map_err(|source| StartError::Listen { address: self.config.listen.to_string(), source })?;
+        self.resume_migrations();
+        tokio::spawn(self.clone().reap_machines());
+        tokio::spawn(listener::serve(self.clone(), tcp, tls));
+        let name = self.config.name.as_str();
+        tracing::info!(name, socket = %self.config.socket.display(), listen = %self.config.listen, "ready");
+        let (mut terminate, mut interrupt) =
+            (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        tokio::select! {
+            result = axum::serve(unix, api::router(self.clone())) => result?,
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        let _ = std::fs::remove_file(&self.config.socket);
+        tracing::info!("stopped; machines and migrations go on");
+        Ok(())
+    }
+
+    /// The state directory's lock proves that a socket which is there belongs to nobody.
+    fn bind_socket(&self) -> Result<UnixListener, StartError> {
+        let path = &self.config.socket;
+        if let Some(parent) = path.parent() {
+            state::make_private_dir(parent)?;
+        }
+        let _ = std::fs::remove_file(path);
+        let listen = |source| StartError::Listen { address: path.display().to_string(), source };
+        let listener = UnixListener::bind(path).map_err(listen)?;
+        let owner_only = std::os::unix::fs::PermissionsExt::from_mode(0o600);
+        std::fs::set_permissions(path, owner_only).map_err(listen)?;
+        Ok(listener)
+    }
+
+    /// What `auto` means here; found out once.
+    async fn accelerator(&self) -> Accel {
+        let detect = || accelerator::detect(&self.emulator, self.state.root());
+        *self.accelerator.get_or_init(detect).await
+    }
+}
+
+fn open_identity(config: &Config) -> Result<HostIdentity, StartError> {
+    let identity = HostIdentity::open(&config.identity_dir, SystemTime::now())
+        .map_err(|source| StartError::Identity { directory: config.identity_dir.clone(), source })?;
+    if identity.name() != &config.name {
+        let (configured, certified) = (config.name.to_string(), identity.name().to_string());
+        return Err(StartError::OtherName { configured, certified });
+    }
+    Ok(identity)
+}
+
+/// The emulator's absolute path; a bare name is looked up in PATH.
+fn find_emulator(emulator: &Path) -> Result<PathBuf, StartError> {
+    let search = std::env::var_os("PATH").unwrap_or_default();
+    let candidates: Vec<PathBuf> = if emulator.components().count() > 1 {
+        vec![emulator.to_owned()]
+    } else {
+        std::env::split_paths(&search).map(|directory| directory.join(emulator)).collect()
+    };
+    let executable = |path: &PathBuf| {
+        path.is_file() && nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok()
+    };
+    candidates
+        .into_iter()
+        .find(executable)
+        .and_then(|path| path.canonicalize().ok())
+        .ok_or_else(|| StartError::Emulator(emulator.to_owned()))
+}

@@ -1,0 +1,125 @@
+//! The source's side of beginning a migration: everything that can be refused is refused before the guest is touched.
+//!
+//! ```text
+//! machine here and ours ─► peer known ─► peer's agent says ready ─► job written, worker started
+//!         └───────────────────┴─────── any refusal: one line, nothing left behind ──┘
+//! ```
+
+use std::{fs::File, io::Read, sync::Arc};
+
+use super::{
+    Agent,
+    error::{AgentError, Refusal},
+    machines::{monitor, running},
+    migrations::doing,
+    ownership,
+};
+use crate::{
+    api::{IncomingRequest, MigrateRequest, Migration},
+    job::{Job, Options, Role},
+};
+
+/// The range of bulk connections.
+const CONNECTIONS_MAX: u8 = 8;
+
+impl Agent {
+    /// Begins to move a machine; returns as soon as its worker is at it.
+    pub(super) async fn start_migration(
+        self: &Arc<Self>,
+        request: MigrateRequest,
+    ) -> Result<Migration, AgentError> {
+        check_options(&request.options)?;
+        let directory = self.known(&request.machine)?;
+        let name = request.machine;
+        if request.to == self.config.name.as_str() {
+            return Err(Refusal::SameHost(name).into());
+        }
+        let peer = self.find_receiver(&request.to).await?;
+        let epoch = ownership::check(&name, &directory)?.next();
+        let running = running(&directory)?.ok_or_else(|| Refusal::Off(name.clone()))?;
+        let own_monitor = directory.files().migration_qmp();
+        let job = Job {
+            id: new_id()?,
+            role: Role::Source,
+            spec: directory.spec()?,
+            machine_dir: directory.path().to_owned(),
+            qmp: running.adopted_qmp.clone().unwrap_or(own_monitor),
+            pid: running.process.pid,
+            host: self.config.name.to_string(),
+            peer: request.to,
+            peer_address: Some(peer.address),
+            identity_dir: self.config.identity_dir.clone(),
+            epoch: epoch.0,
+            options: request.options,
+        };
+        let claim = self.busy.claim(&name, &doing(&job))?;
+        let version = monitor(&directory, &running).await?.query_version().await?;
+        self.offer(&peer, &offer(&job, version.to_string())).await?;
+        let id = job.id.clone();
+        if let Err(error) = self.begin(job, claim) {
+            self.withdraw(&peer, &id).await;
+            return Err(error);
+        }
+        self.show_migration(&id)
+    }
+}
+
+fn offer(job: &Job, qemu_version: String) -> IncomingRequest {
+    IncomingRequest {
+        id: job.id.clone(),
+        spec: job.spec.clone(),
+        epoch: job.epoch,
+        options: job.options.clone(),
+        qemu_version,
+        memory_bytes: job.spec.memory.bytes(),
+    }
+}
+
+/// What the command line can't say wrongly the API could.
+pub(super) fn check_options(options: &Options) -> Result<(), AgentError> {
+    let wrong = if !(1..=CONNECTIONS_MAX).contains(&options.connections) {
+        "connections: 1 to 8"
+    } else if options.bandwidth_bytes_per_second == Some(0) {
+        "bandwidth_bytes_per_second: more than 0, or null for no limit"
+    } else if options.downtime_target_ms == 0 {
+        "downtime_target_ms: more than 0"
+    } else {
+        return Ok(());
+    };
+    Err(AgentError::Invalid(wrong.to_owned()))
+}
+
+/// 64 random bits; the id also routes TLS connections, so it must not be guessed before it is used.
+fn new_id() -> Result<String, AgentError> {
+    let mut bytes = [0; 8];
+    File::open("/dev/urandom")
+        .and_then(|mut source| source.read_exact(&mut bytes))
+        .map_err(|error| AgentError::Worker(format!("gets no id from /dev/urandom: {error}")))?;
+    Ok(format!("{:016x}", u64::from_le_bytes(bytes)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::agent::migrations::is_id;
+
+    #[test]
+    fn ids_are_ids_and_differ() {
+        let (one, other) = (new_id().unwrap(), new_id().unwrap());
+        assert!(is_id(&one) && is_id(&other));
+        assert_ne!(one, other);
+    }
+
+    #[test]
+    fn options_from_the_api_are_checked() {
+        check_options(&Options::default()).unwrap();
+        for wrong in [
+            Options { connections: 0, ..Options::default() },
+            Options { connections: 9, ..Options::default() },
+            Options { bandwidth_bytes_per_second: Some(0), ..Options::default() },
+            Options { downtime_target_ms: 0, ..Options::default() },
+        ] {
+            check_options(&wrong).unwrap_err();
+        }
+    }
+}

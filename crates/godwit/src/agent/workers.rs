@@ -1,0 +1,83 @@
+//! The worker processes: starting them, finding them again, handing them connections.
+
+use std::{
+    env, fs,
+    io::{self, IoSlice},
+    net::TcpStream,
+    os::fd::AsRawFd,
+    path::Path,
+    process::{Command, Stdio},
+    thread,
+};
+
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, socket,
+};
+
+use super::{
+    error::AgentError,
+    process::{self, Privilege, Process},
+    state,
+};
+use crate::job::ACCEPT_SOCKET;
+
+/// What the worker prints.
+const LOG_FILE: &str = "worker.log";
+/// Which process it is.
+const PROCESS_FILE: &str = "worker.json";
+
+/// Starts the worker of the job that lies in `directory`; it outlives the agent.
+pub(super) fn spawn(directory: &Path, id: &str) -> Result<(), AgentError> {
+    let failed = |error: io::Error| AgentError::Worker(format!("doesn't start: {error}"));
+    let log = fs::OpenOptions::new()
+        .create(true)
+        .append(true)
+        .open(directory.join(LOG_FILE))
+        .map_err(failed)?;
+    let mut command = Command::new(env::current_exe().map_err(failed)?);
+    command
+        .arg("worker")
+        .arg(directory)
+        .stdin(Stdio::null())
+        .stdout(log.try_clone().map_err(failed)?)
+        .stderr(log);
+    let mut child = process::spawn(command, Privilege::Trace).map_err(failed)?;
+    let group = process::own_control_group(child.id(), id);
+    if let Some(process) = Process::of(child.id().cast_signed()) {
+        state::write_json(&directory.join(PROCESS_FILE), &process)?;
+    }
+    let reap = move || {
+        let _ = child.wait();
+        if let Some(group) = group {
+            let _ = fs::remove_dir(group);
+        }
+    };
+    thread::Builder::new().name("reap".into()).spawn(reap).map_err(failed)?;
+    Ok(())
+}
+
+/// Whether the worker of the job in `directory` lives.
+pub(super) fn is_alive(directory: &Path) -> bool {
+    state::read_json::<Process>(&directory.join(PROCESS_FILE)).is_ok_and(Process::is_alive)
+}
+
+/// Kills the worker, if it lives.
+pub(super) fn kill(directory: &Path) {
+    if let Ok(process) = state::read_json::<Process>(&directory.join(PROCESS_FILE)) {
+        process.kill();
+    }
+}
+
+/// Hands a connection of which nothing has been read to a worker: one message of one byte with the descriptor.
+///
+/// # Errors
+/// If no worker listens there, or its queue is full.
+pub(super) fn hand_over(directory: &Path, connection: &TcpStream) -> io::Result<()> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let channel = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    connect(channel.as_raw_fd(), &UnixAddr::new(&directory.join(ACCEPT_SOCKET))?)?;
+    let descriptors = [connection.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&descriptors)];
+    sendmsg::<()>(channel.as_raw_fd(), &[IoSlice::new(&[0])], &rights, MsgFlags::MSG_NOSIGNAL, None)?;
+    Ok(())
+}

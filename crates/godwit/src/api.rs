@@ -1,0 +1,182 @@
+//! The objects of the agent's HTTP API, as the command line and other agents see them.
+
+use std::path::PathBuf;
+
+use godwit_qemu::machine::Spec;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::job::{Options, Phase, Progress, Report, Role};
+
+/// An error in the API: one line, and a kind that decides the exit code.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]
+#[error("{message}")]
+pub(crate) struct Problem {
+    /// The kind.
+    pub code: ProblemCode,
+    /// One line for people.
+    pub message: String,
+}
+
+/// The kinds of errors.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum ProblemCode {
+    /// The request makes no sense.
+    Invalid,
+    /// Not possible or not permitted now; no guest was touched.
+    Refused,
+    /// There is no such machine, migration or peer.
+    NotFound,
+    /// It was tried and failed.
+    Failed,
+}
+
+/// How the agent is.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Health {
+    /// The host's name.
+    pub name: String,
+    /// godwit's version.
+    pub version: String,
+    /// The accelerator that `accelerator = "auto"` means here; `None`: not probed yet.
+    pub accelerator: Option<String>,
+    /// Machines known.
+    pub machines: usize,
+    /// Migrations under way.
+    pub migrations: usize,
+}
+
+/// A machine as this host sees it.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Machine {
+    /// Its name.
+    pub name: String,
+    /// QEMU's word for its run state (`running`, `paused`, `postmigrate` …), or `off`.
+    pub state: String,
+    /// The host that holds the right to run it, as far as is known here.
+    pub at: String,
+    /// QEMU's process.
+    pub pid: Option<i32>,
+    /// The guest's memory.
+    pub memory_bytes: u64,
+    /// Started by somebody else and adopted.
+    pub adopted: bool,
+    /// The migration under way.
+    pub migration: Option<String>,
+    /// The socket of its serial console.
+    #[schema(value_type = Option<String>)]
+    pub console: Option<PathBuf>,
+    /// Its specification; only for a single machine.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub spec: Option<Spec>,
+}
+
+/// A machine that isn't known any more.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Removed {
+    /// Its name.
+    pub name: String,
+}
+
+/// Start a machine.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RunRequest {
+    /// The machine, the same fields as in its TOML file.
+    #[schema(value_type = Object)]
+    pub spec: Spec,
+}
+
+/// Take on a machine that somebody else started.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AdoptRequest {
+    /// Its QMP socket.
+    #[schema(value_type = String)]
+    pub qmp: PathBuf,
+    /// What to call it; by default its `-name`.
+    pub name: Option<String>,
+}
+
+/// Ask a guest to power off.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct StopRequest {
+    /// How long to wait for it.
+    pub timeout_ms: u64,
+}
+
+/// Move a machine.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct MigrateRequest {
+    /// The machine.
+    pub machine: String,
+    /// The host that is to get it, by its name under `[peers]`.
+    pub to: String,
+    /// How.
+    #[serde(default)]
+    pub options: Options,
+}
+
+/// A migration as this host sees it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Migration {
+    /// Its id, the same at both hosts.
+    pub id: String,
+    /// The machine.
+    pub machine: String,
+    /// Which side this host is.
+    pub role: Role,
+    /// The other host.
+    pub peer: String,
+    /// Where it is.
+    pub phase: Phase,
+    /// How far it is.
+    pub progress: Progress,
+    /// The final report, once there is one.
+    pub report: Option<Report>,
+}
+
+/// A new bandwidth limit.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct BandwidthRequest {
+    /// Bytes per second; `null` lifts the limit.
+    pub bytes_per_second: Option<u64>,
+}
+
+/// One agent asks another to take a machine.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct IncomingRequest {
+    /// The migration's id, 16 hexadecimal digits.
+    pub id: String,
+    /// The machine as the source runs it; data, to be judged by this host's own configuration.
+    #[schema(value_type = Object)]
+    pub spec: Spec,
+    /// The epoch that is to be handed over.
+    pub epoch: u64,
+    /// What the operator chose.
+    pub options: Options,
+    /// The version of the source's QEMU, as `query-version` says it.
+    pub qemu_version: String,
+    /// The guest's memory.
+    pub memory_bytes: u64,
+}
+
+/// The other agent is ready.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct IncomingReady {
+    /// The version of the target's QEMU.
+    pub qemu_version: String,
+}
+
+/// An offered machine won't come.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Withdrawn {
+    /// The migration.
+    pub id: String,
+}

@@ -1,0 +1,117 @@
+//! The durable record of who may run a machine: one small file beside the machine's spec.
+//!
+//! A record is replaced by writing a new file and renaming it, so that a crash leaves the old one or the new one, never
+//! a torn one. What survives what: [`Durability::Written`] survives the death of this process (the kernel has it);
+//! [`Durability::Synced`] survives the death of the host.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+};
+
+use godwit_migration::handover::Record;
+
+/// The file's name in a machine's directory.
+pub const TOKEN_FILE: &str = "token.json";
+/// No record is larger; a larger file isn't one.
+const RECORD_BYTES_MAX: u64 = 4096;
+
+/// What a saved record must survive.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Durability {
+    /// The death of the process.
+    Written,
+    /// The death of the host.
+    Synced,
+}
+
+/// Why a record can't be read or written.
+#[derive(Debug, thiserror::Error)]
+pub enum TokenError {
+    /// The file system refused.
+    #[error("can't access {path}")]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What it said.
+        source: io::Error,
+    },
+    /// There is a file, but it isn't a record. The machine must not be started from it.
+    #[error("{path} isn't a token record; restore it, or remove it if this machine surely runs nowhere else")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Where it stops making sense.
+        source: serde_json::Error,
+    },
+}
+
+/// The record's place on this host.
+#[derive(Debug, Clone)]
+pub struct Store {
+    directory: PathBuf,
+}
+
+impl Store {
+    /// The store of the machine whose directory this is.
+    pub fn open(machine_dir: impl Into<PathBuf>) -> Self {
+        Self { directory: machine_dir.into() }
+    }
+
+    /// The record, or `None` if the machine never took part in a hand-over here.
+    pub fn load(&self) -> Result<Option<Record>, TokenError> {
+        let path = self.path();
+        match fs::metadata(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Ok(meta) if meta.len() > RECORD_BYTES_MAX => {
+                let source = serde::de::Error::custom(format!("{} bytes is too long", meta.len()));
+                return Err(TokenError::Damaged { path, source });
+            }
+            _ => {}
+        }
+        let bytes = fs::read(&path).map_err(|source| TokenError::Io { path: path.clone(), source })?;
+        serde_json::from_slice(&bytes).map(Some).map_err(|source| TokenError::Damaged { path, source })
+    }
+
+    /// Replaces the record; when this returns, the new one survives what `durability` says.
+    pub fn save(&self, record: &Record, durability: Durability) -> Result<(), TokenError> {
+        let path = self.path();
+        let scratch = path.with_extension("new");
+        let bytes = serde_json::to_vec(record).expect("records are plain data");
+        write_new(&scratch, &bytes, durability)
+            .and_then(|()| fs::rename(&scratch, &path))
+            .and_then(|()| sync_directory(&self.directory, durability))
+            .map_err(|source| TokenError::Io { path, source })
+    }
+
+    /// Makes a record that was only [`Durability::Written`] survive the host.
+    pub fn sync(&self) -> Result<(), TokenError> {
+        let path = self.path();
+        File::open(&path)
+            .and_then(|file| file.sync_all())
+            .and_then(|()| sync_directory(&self.directory, Durability::Synced))
+            .map_err(|source| TokenError::Io { path, source })
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.join(TOKEN_FILE)
+    }
+}
+
+fn write_new(path: &Path, bytes: &[u8], durability: Durability) -> io::Result<()> {
+    let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(path)?;
+    file.write_all(bytes)?;
+    match durability {
+        Durability::Written => Ok(()),
+        Durability::Synced => file.sync_all(),
+    }
+}
+
+fn sync_directory(directory: &Path, durability: Durability) -> io::Result<()> {
+    match durability {
+        Durability::Written => Ok(()),
+        Durability::Synced => File::open(directory)?.sync_all(),
+    }
+}
