@@ -14,13 +14,13 @@ use std::{
 use godwit_migration::handover::Record;
 
 /// The file's name in a machine's directory.
-pub const TOKEN_FILE: &str = "token.json";
+pub(crate) const TOKEN_FILE: &str = "token.json";
 /// No record is larger; a larger file isn't one.
 const RECORD_BYTES_MAX: u64 = 4096;
 
 /// What a saved record must survive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Durability {
+pub(crate) enum Durability {
     /// The death of the process.
     Written,
     /// The death of the host.
@@ -29,7 +29,7 @@ pub enum Durability {
 
 /// Why a record can't be read or written.
 #[derive(Debug, thiserror::Error)]
-pub enum TokenError {
+pub(crate) enum TokenError {
     /// The file system refused.
     #[error("can't access {path}")]
     Io {
@@ -50,18 +50,18 @@ pub enum TokenError {
 
 /// The record's place on this host.
 #[derive(Debug, Clone)]
-pub struct Store {
+pub(crate) struct Store {
     directory: PathBuf,
 }
 
 impl Store {
     /// The store of the machine whose directory this is.
-    pub fn open(machine_dir: impl Into<PathBuf>) -> Self {
+    pub(crate) fn open(machine_dir: impl Into<PathBuf>) -> Self {
         Self { directory: machine_dir.into() }
     }
 
     /// The record, or `None` if the machine never took part in a hand-over here.
-    pub fn load(&self) -> Result<Option<Record>, TokenError> {
+    pub(crate) fn load(&self) -> Result<Option<Record>, TokenError> {
         let path = self.path();
         match fs::metadata(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -76,7 +76,7 @@ impl Store {
     }
 
     /// Replaces the record; when this returns, the new one survives what `durability` says.
-    pub fn save(&self, record: &Record, durability: Durability) -> Result<(), TokenError> {
+    pub(crate) fn save(&self, record: &Record, durability: Durability) -> Result<(), TokenError> {
         let path = self.path();
         let scratch = path.with_extension("new");
         let bytes = serde_json::to_vec(record).expect("records are plain data");
@@ -87,7 +87,7 @@ impl Store {
     }
 
     /// Makes a record that was only [`Durability::Written`] survive the host.
-    pub fn sync(&self) -> Result<(), TokenError> {
+    pub(crate) fn sync(&self) -> Result<(), TokenError> {
         let path = self.path();
         File::open(&path)
             .and_then(|file| file.sync_all())

@@ -51,7 +51,8 @@ impl Journal {
     ///
     /// Returns the journal and the commands that clients send.
     pub(super) fn open(directory: &Path) -> io::Result<(Self, mpsc::Receiver<Command>)> {
-        let file = OpenOptions::new().create(true).append(true).mode(0o600).open(directory.join(EVENTS_FILE))?;
+        let file =
+            OpenOptions::new().create(true).append(true).mode(0o600).open(directory.join(EVENTS_FILE))?;
         let (live, _) = broadcast::channel(CLIENT_BACKLOG_EVENTS);
         let shared = Shared {
             directory: directory.to_owned(),
@@ -188,9 +189,8 @@ mod tests {
         let client = UnixStream::connect(directory.path().join(WORKER_SOCKET)).await.unwrap();
         let (receive, mut send) = client.into_split();
         let mut lines = BufReader::new(receive).lines();
-        let mut next = async || -> Event {
-            serde_json::from_str(&lines.next_line().await.unwrap().unwrap()).unwrap()
-        };
+        let mut next =
+            async || -> Event { serde_json::from_str(&lines.next_line().await.unwrap().unwrap()).unwrap() };
         assert_eq!(next().await.what, Happening::Ready);
         assert_eq!(next().await.what, Happening::Phase { phase: Phase::PreCopy });
         journal.warn("the link is slow");

@@ -1,17 +1,21 @@
-//! The stage: what is owed to the target, between QEMU's stream, which names dirty pages, and the sender, which takes
-//! batches of them.
+//! The stage: what is owed to the target, between the pump, which reads from QEMU's stream what is dirty, and the
+//! sender, which takes batches of it.
 //!
-//! There are two. [`Direct`] keeps only *which* pages are owed and reads their contents from QEMU's memory when they
-//! are sent; that is exact, because whatever is written later is named again, and the last pass runs with the guest
-//! stopped. [`Inline`] is for machines whose memory can't be read: it queues the contents that the stream carries, in
-//! stream order, and makes QEMU wait when the queue is full. Nothing else knows which of the two is in use.
+//! The order is the [`Mover`]'s. Where the contents come from is a choice of two [`Contents`]: [`Direct`] reads them from
+//! QEMU's memory when they are sent. That is exact, because whatever is written later is named again, and the last
+//! pass runs with the guest stopped. [`Inline`] is for machines whose memory can't be read: it keeps what the stream
+//! carries, and makes QEMU wait when that is too much. Nothing else knows which of the two is in use.
 
-use std::collections::VecDeque;
+use std::{
+    collections::HashMap,
+    sync::{Condvar, Mutex, MutexGuard},
+    time::Duration,
+};
 
-use godwit_content::{BLOCK_BYTES, BlockId, BlockVersion};
-use godwit_migration::mover::Mover;
+use godwit_content::{BATCH_BLOCKS, BLOCK_BYTES, BlockId, BlockVersion};
+use godwit_migration::mover::{Mode, Mover, Taken, UnknownBlock};
 use godwit_qemu::{
-    memory::{MemoryError, ProcessMemory},
+    memory::{PageIndex, ProcessMemory, ProcessMemoryError},
     stream::PageContent,
 };
 
@@ -19,35 +23,252 @@ use godwit_qemu::{
 const INLINE_PAGES_MAX: usize = 4096;
 /// Pages compared with QEMU's stream at once, in the pause.
 const COMPARED_AT_ONCE: usize = 64;
+/// Longest time that a wait goes without looking again.
+const WAIT_AT_MOST: Duration = Duration::from_millis(100);
 
 /// Why a stage can't go on.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StageError {
     /// QEMU's memory couldn't be read.
     #[error("can't read the guest's memory")]
-    Memory(#[from] MemoryError),
+    Memory(#[from] ProcessMemoryError),
+    /// QEMU named a page beyond its own block list.
+    #[error("QEMU's stream names a page that the machine doesn't have")]
+    Unknown(#[from] UnknownBlock),
     /// What QEMU sent for a page isn't what stands at the page's address.
-    #[error("page {page} read from QEMU's memory differs from the one in QEMU's own stream; its address is wrong")]
+    #[error("page {page} as read from QEMU's memory isn't the page in QEMU's own stream")]
     WrongAddress {
+        /// The page.
+        page: u64,
+    },
+    /// A page is owed whose contents never came.
+    #[error("page {page} is owed, but its contents never came")]
+    Missing {
         /// The page.
         page: u64,
     },
 }
 
-/// What is owed, and in which order it goes.
-pub(super) trait Stage: Send {
-    /// Takes note that QEMU named `id`; `last` when the guest was already stopped, so that `content` is its last.
-    fn name(&mut self, id: BlockId, content: PageContent<'_>, last: bool) -> Result<(), StageError>;
-    /// Takes the next batch: appends to `blocks` and returns how its contents are got at.
-    fn take(&mut self, max: usize, blocks: &mut Vec<BlockVersion>, contents: &mut Vec<u8>);
-    /// QEMU went once through its memory.
-    fn pass_ended(&mut self);
-    /// From now on nothing is held back.
-    fn release_all(&mut self);
+/// Where the contents of owed pages come from.
+pub(super) trait Contents: Send {
+    /// QEMU named `id`; `last` when the guest was already stopped, so that `content` is final.
+    fn named(&mut self, id: BlockId, content: &PageContent<'_>, last: bool) -> Result<(), StageError>;
+    /// Appends the newest contents of `blocks` to `contents`.
+    fn read(&mut self, blocks: &[BlockVersion], contents: &mut Vec<u8>) -> Result<(), StageError>;
     /// Everything that QEMU will ever name has been named.
-    fn seal(&mut self) -> Result<(), StageError>;
+    fn complete(&mut self) -> Result<(), StageError>;
     /// Whether QEMU should wait before it names more.
     fn is_full(&self) -> bool;
-    /// The counts that decide when to stop.
-    fn mover(&self) -> &Mover;
+}
+
+/// Blocks that go together.
+#[derive(Debug, Default)]
+pub(super) struct Batch {
+    pub(super) blocks: Vec<BlockVersion>,
+    /// Their contents, one after the other.
+    pub(super) contents: Vec<u8>,
+    pub(super) taken: Taken,
+}
+
+/// What is owed.
+pub(super) struct Stage {
+    pub(super) mover: Mover,
+    contents: Box<dyn Contents>,
+    is_complete: bool,
+    is_closed: bool,
+}
+
+impl Stage {
+    /// Takes note that QEMU named a page.
+    pub(super) fn name(
+        &mut self,
+        id: BlockId,
+        content: &PageContent<'_>,
+        last: bool,
+    ) -> Result<(), StageError> {
+        self.mover.owe(id)?;
+        self.contents.named(id, content, last)
+    }
+
+    /// Takes note that the guest is stopped and its last page has been named.
+    pub(super) fn complete(&mut self) -> Result<(), StageError> {
+        self.contents.complete()?;
+        self.mover.set_mode(Mode::Final);
+        self.is_complete = true;
+        Ok(())
+    }
+
+    /// Whether nothing is owed and nothing will be.
+    pub(super) fn is_drained(&self) -> bool {
+        self.is_complete && self.mover.owed_blocks() == 0
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.is_closed
+    }
+
+    /// The next batch with its newest contents; `None` if nothing is to go now.
+    pub(super) fn take(&mut self) -> Result<Option<Batch>, StageError> {
+        let mut batch = Batch::default();
+        // With QEMU waiting for room no pass ends, and what is held back would wait for ever.
+        let held_back_go = self.contents.is_full() && !self.is_complete;
+        if held_back_go {
+            self.mover.set_mode(Mode::Final);
+        }
+        batch.taken = self.mover.take(BATCH_BLOCKS, &mut batch.blocks);
+        if held_back_go {
+            self.mover.set_mode(Mode::Live);
+        }
+        if batch.blocks.is_empty() {
+            return Ok(None);
+        }
+        self.contents.read(&batch.blocks, &mut batch.contents)?;
+        Ok(Some(batch))
+    }
+}
+
+/// A stage between two threads.
+pub(super) struct SharedStage {
+    stage: Mutex<Stage>,
+    changed: Condvar,
+}
+
+impl SharedStage {
+    pub(super) fn new(mover: Mover, contents: Box<dyn Contents>) -> Self {
+        let stage = Stage { mover, contents, is_complete: false, is_closed: false };
+        Self { stage: Mutex::new(stage), changed: Condvar::new() }
+    }
+
+    pub(super) fn lock(&self) -> MutexGuard<'_, Stage> {
+        self.stage.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Tells whoever waits that there may be more to send, or more room.
+    pub(super) fn wake(&self) {
+        self.changed.notify_all();
+    }
+
+    /// Waits, a moment at most, for a change.
+    pub(super) fn wait<'a>(&self, held: MutexGuard<'a, Stage>) -> MutexGuard<'a, Stage> {
+        let waited = self.changed.wait_timeout(held, WAIT_AT_MOST);
+        waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0
+    }
+
+    /// Waits until the stage takes more, or is closed.
+    pub(super) fn wait_for_room(&self) {
+        let mut stage = self.lock();
+        while stage.contents.is_full() && !stage.is_closed {
+            stage = self.wait(stage);
+        }
+    }
+
+    /// Ends all waiting: the worker gives up.
+    pub(super) fn close(&self) {
+        self.lock().is_closed = true;
+        self.wake();
+    }
+}
+
+/// Reads contents from QEMU's memory when they are sent.
+pub(super) struct Direct {
+    memory: ProcessMemory,
+    suspects: Suspects,
+}
+
+impl Direct {
+    /// Contents in a memory whose pages are numbered as the mover's blocks are.
+    pub(super) fn new(memory: ProcessMemory) -> Self {
+        Self { memory, suspects: Suspects::default() }
+    }
+}
+
+impl Contents for Direct {
+    fn named(&mut self, id: BlockId, content: &PageContent<'_>, last: bool) -> Result<(), StageError> {
+        if !last {
+            return Ok(());
+        }
+        self.suspects.pages.push(PageIndex(id.0));
+        append(content, &mut self.suspects.expected);
+        if self.suspects.pages.len() < COMPARED_AT_ONCE {
+            Ok(())
+        } else {
+            self.suspects.compare(&self.memory)
+        }
+    }
+
+    fn read(&mut self, blocks: &[BlockVersion], contents: &mut Vec<u8>) -> Result<(), StageError> {
+        let pages = blocks.iter().map(|block| PageIndex(block.id.0));
+        let before = contents.len();
+        contents.resize(before + blocks.len() * BLOCK_BYTES, 0);
+        Ok(self.memory.read(pages, &mut contents[before..])?)
+    }
+
+    fn complete(&mut self) -> Result<(), StageError> {
+        self.suspects.compare(&self.memory)
+    }
+
+    fn is_full(&self) -> bool {
+        false
+    }
+}
+
+/// Pages that QEMU sent after the stop, to be compared with what stands at their addresses: a wrong address must not
+/// pass.
+#[derive(Default)]
+struct Suspects {
+    pages: Vec<PageIndex>,
+    expected: Vec<u8>,
+    found: Vec<u8>,
+}
+
+impl Suspects {
+    fn compare(&mut self, memory: &ProcessMemory) -> Result<(), StageError> {
+        self.found.resize(self.expected.len(), 0);
+        memory.read(self.pages.iter().copied(), &mut self.found)?;
+        let mut pairs = self.expected.chunks_exact(BLOCK_BYTES).zip(self.found.chunks_exact(BLOCK_BYTES));
+        if let Some(wrong) = pairs.position(|(expected, found)| expected != found) {
+            return Err(StageError::WrongAddress { page: self.pages[wrong].0 });
+        }
+        self.pages.clear();
+        self.expected.clear();
+        Ok(())
+    }
+}
+
+/// Keeps the newest contents that QEMU's stream carried.
+#[derive(Default)]
+pub(super) struct Inline {
+    pages: HashMap<BlockId, Vec<u8>>,
+}
+
+impl Contents for Inline {
+    fn named(&mut self, id: BlockId, content: &PageContent<'_>, _last: bool) -> Result<(), StageError> {
+        let page = self.pages.entry(id).or_default();
+        page.clear();
+        append(content, page);
+        Ok(())
+    }
+
+    fn read(&mut self, blocks: &[BlockVersion], contents: &mut Vec<u8>) -> Result<(), StageError> {
+        for block in blocks {
+            let page = self.pages.remove(&block.id).ok_or(StageError::Missing { page: block.id.0 })?;
+            contents.extend_from_slice(&page);
+        }
+        Ok(())
+    }
+
+    fn complete(&mut self) -> Result<(), StageError> {
+        Ok(())
+    }
+
+    fn is_full(&self) -> bool {
+        self.pages.len() >= INLINE_PAGES_MAX
+    }
+}
+
+fn append(content: &PageContent<'_>, bytes: &mut Vec<u8>) {
+    match content {
+        PageContent::Zero(fill) => bytes.resize(bytes.len() + BLOCK_BYTES, *fill),
+        PageContent::Bytes(page) => bytes.extend_from_slice(*page),
+    }
 }

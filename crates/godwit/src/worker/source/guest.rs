@@ -1,0 +1,160 @@
+//! The user's QEMU at the source: what we change of it, and how it gets back what it had.
+
+use std::{
+    collections::BTreeMap,
+    os::unix::net::{UnixListener, UnixStream},
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use godwit_qemu::qmp::{Client, MigrationSettings, MigrationState, QmpError, RunState};
+use serde_json::{Map, Value, json};
+
+/// What is switched on; everything else that is on is switched off for the migration.
+const CAPABILITIES: [&str; 3] = ["events", "return-path", "switchover-ack"];
+/// The largest `downtime-limit`: the gate decides when the guest stops, not QEMU's estimate.
+const DOWNTIME_LIMIT_MS: u64 = 2_000_000;
+/// What QEMU is told to have for the switch-over, so that a stream that we didn't read doesn't count as a slow link.
+const SWITCHOVER_BYTES_PER_SECOND: u64 = 1 << 40;
+/// How long QEMU may take to connect to its stream, and to settle after a cancel.
+const SETTLE: Duration = Duration::from_secs(10);
+
+/// Why the guest's QEMU can't be used, or couldn't be left as it was.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum GuestError {
+    /// The monitor failed or refused.
+    #[error(transparent)]
+    Monitor(#[from] QmpError),
+    /// Too old.
+    #[error("this QEMU lacks the capability `{0}`; godwit needs QEMU 8.1 or later")]
+    Lacks(&'static str),
+    /// A device can't migrate.
+    #[error("QEMU can't migrate this machine: {0}")]
+    Blocked(String),
+    /// Another migration is under way.
+    #[error("QEMU is already migrating this machine (state {0:?})")]
+    Busy(MigrationState),
+    /// The machine is in a state in which nothing can be moved.
+    #[error("the machine is {0:?}; it can be moved while it is running or paused")]
+    NotMovable(RunState),
+    /// QEMU didn't open its stream.
+    #[error("QEMU didn't open its migration stream")]
+    NoStream(#[source] std::io::Error),
+    /// QEMU neither finished nor gave up.
+    #[error("QEMU's migration stays {0:?}")]
+    Unsettled(MigrationState),
+}
+
+/// A machine's QEMU while it is being moved.
+pub(super) struct Guest {
+    pub(super) monitor: Client,
+    saved: MigrationSettings,
+}
+
+impl Guest {
+    /// Looks at the machine; changes nothing.
+    pub(super) async fn inspect(monitor: Client) -> Result<Self, GuestError> {
+        let status = monitor.query_status().await?;
+        let movable = matches!(
+            status.state,
+            RunState::Running
+                | RunState::Paused
+                | RunState::Suspended
+                | RunState::IoError
+                | RunState::GuestPanicked
+                | RunState::Prelaunch
+                | RunState::Postmigrate
+        );
+        if !movable {
+            return Err(GuestError::NotMovable(status.state));
+        }
+        let migration = monitor.query_migrate().await?;
+        if !migration.status.is_final() {
+            return Err(GuestError::Busy(migration.status));
+        }
+        if !migration.blocked_reasons.is_empty() {
+            return Err(GuestError::Blocked(migration.blocked_reasons.join("; ")));
+        }
+        let saved = monitor.migration_settings().await?;
+        match CAPABILITIES.into_iter().find(|name| !saved.capabilities.contains_key(*name)) {
+            Some(lacking) => Err(GuestError::Lacks(lacking)),
+            None => Ok(Self { monitor, saved }),
+        }
+    }
+
+    /// Lets QEMU migrate into a unix socket at `path` and gives the other end of it.
+    pub(super) async fn open_stream(&self, path: &Path) -> Result<UnixStream, GuestError> {
+        self.monitor.set_migrate_capabilities(&self.wanted_capabilities()).await?;
+        self.monitor.set_migrate_parameters(&self.wanted_parameters()).await?;
+        let listener = UnixListener::bind(path).map_err(GuestError::NoStream)?;
+        listener.set_nonblocking(true).map_err(GuestError::NoStream)?;
+        self.monitor.migrate(&format!("unix:{}", path.display())).await?;
+        let accepted = accept_within(&listener, SETTLE).await;
+        // Nobody else needs to find it.
+        let _ = std::fs::remove_file(path);
+        accepted.map_err(GuestError::NoStream)
+    }
+
+    fn wanted_capabilities(&self) -> BTreeMap<String, bool> {
+        let wanted = |name: &str| CAPABILITIES.contains(&name);
+        let changed = self.saved.capabilities.iter().filter(|(name, on)| **on != wanted(name));
+        changed.map(|(name, on)| (name.clone(), !on)).collect()
+    }
+
+    fn wanted_parameters(&self) -> Map<String, Value> {
+        let wanted = [
+            ("max-bandwidth", json!(0)),
+            ("downtime-limit", json!(DOWNTIME_LIMIT_MS)),
+            ("avail-switchover-bandwidth", json!(SWITCHOVER_BYTES_PER_SECOND)),
+        ];
+        let known = wanted.into_iter().filter(|(name, _)| self.saved.parameters.contains_key(*name));
+        known.map(|(name, value)| (name.to_owned(), value)).collect()
+    }
+
+    /// Ends QEMU's migration, whatever state it is in. The guest is left to QEMU: it goes on by itself where QEMU had
+    /// stopped it and the migration wasn't complete.
+    pub(super) async fn give_up(&self) -> Result<(), GuestError> {
+        if !self.monitor.query_migrate().await?.status.is_final() {
+            self.monitor.migrate_cancel().await?;
+        }
+        self.settled().await
+    }
+
+    /// Lets the guest run, if it doesn't.
+    pub(super) async fn resume(&self) -> Result<(), GuestError> {
+        if !self.monitor.query_status().await?.running {
+            self.monitor.cont().await?;
+        }
+        Ok(())
+    }
+
+    /// Puts back what was changed of QEMU's settings, if QEMU is still there.
+    pub(super) async fn put_back(&self) -> Result<(), GuestError> {
+        if self.monitor.is_closed() {
+            return Ok(());
+        }
+        Ok(self.monitor.restore_migration_settings(&self.saved).await?)
+    }
+
+    async fn settled(&self) -> Result<(), GuestError> {
+        let give_up_at = Instant::now() + SETTLE;
+        loop {
+            let state = self.monitor.query_migrate().await?.status;
+            if state.is_final() {
+                return Ok(());
+            }
+            if Instant::now() > give_up_at {
+                return Err(GuestError::Unsettled(state));
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+}
+
+async fn accept_within(listener: &UnixListener, limit: Duration) -> std::io::Result<UnixStream> {
+    let listener = tokio::net::UnixListener::from_std(listener.try_clone()?)?;
+    let (stream, _) = tokio::time::timeout(limit, listener.accept()).await??;
+    let stream = stream.into_std()?;
+    stream.set_nonblocking(false)?;
+    Ok(stream)
+}

@@ -1,0 +1,233 @@
+//! The worker at the host that has the machine.
+//!
+//! ```text
+//!   prepare ─► greet ─► open QEMU's stream ─► pre-copy ─► stop ─► hand over ─► settled
+//!      │          │             │                 │          │          │
+//!      └──────────┴─────────────┴── any failure ──┴──────────┘          └── from here on only the target's answer
+//!                     the guest goes on here, as it was                     decides; see `migration::handover`
+//! ```
+//!
+//! One task awaits everything that can happen (`Control::next`) and applies it (`Control::apply`); the pump and the
+//! sender are threads of their own.
+
+mod control;
+mod guest;
+mod pilot;
+mod pump;
+mod sender;
+mod stage;
+
+pub(crate) use self::guest::GuestError;
+use std::{sync::Arc, thread, time::Duration};
+
+use godwit_content::{Encoder, EncoderLimits};
+use godwit_migration::{
+    handover::{RunState, Source, SourceSettings},
+    mover::{self, Mover},
+    wire::{self, Hello, Message, RamBlock, TransferOptions},
+};
+use godwit_qemu::{memory::ProcessMemory, qmp};
+use godwit_transport::{
+    identity::HostIdentity,
+    route::Route,
+    session::{ConnectConfig, Lane, Limits, Session, Timeouts},
+};
+use tokio::sync::mpsc;
+
+use self::{
+    control::{Control, Happened, Threads},
+    guest::Guest,
+    pump::{Pace, PageNumbers, Pump},
+    sender::{Account, Link, LinkClosed, Outbox, StreamCourier},
+    stage::{Contents, Direct, Inline, SharedStage},
+};
+use super::{MONITOR_TIMEOUT, WorkerError, account::ReportDraft, journal::Journal, memory_map::MemoryMap};
+use crate::{
+    job::{Command, Happening, Job, Phase, Report, Verify},
+    token::Store,
+};
+
+/// Longest outage of the link that a session survives.
+const RECONNECT: Duration = Duration::from_secs(60);
+/// How long the target may take to say welcome.
+const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
+/// Level of zstd for batches: what one core compresses at several times the rate of a 100 Mbit/s link.
+const COMPRESSION_LEVEL: i32 = 3;
+/// What the pump and the sender say in all: a handful of things.
+const THREAD_EVENTS: usize = 8;
+
+/// Carries the migration at the source; whatever happens, the report says it.
+pub(super) async fn run(job: Job, journal: &Journal, commands: mpsc::Receiver<Command>) -> Report {
+    let mut draft = ReportDraft::new(&job);
+    match migrate(&job, journal, commands, &mut draft).await {
+        Ok(()) => draft.finish(),
+        Err(error) => draft.fail(&error),
+    }
+}
+
+async fn migrate(
+    job: &Job,
+    journal: &Journal,
+    commands: mpsc::Receiver<Command>,
+    draft: &mut ReportDraft,
+) -> Result<(), WorkerError> {
+    journal.say(Happening::Phase { phase: Phase::Preparing });
+    let guest = Guest::inspect(qmp::Client::connect(&job.qmp, MONITOR_TIMEOUT).await?).await?;
+    let map = MemoryMap::of(&guest.monitor).await?;
+    let memory = readable_memory(job, &map, journal)?;
+    if memory.is_none() && job.options.verify == Verify::Full {
+        return Err(WorkerError::CannotVerify);
+    }
+    let session = connect(job).await?;
+    greet(&session, &hello(job, &guest, &map).await?).await?;
+
+    let store = Store::open(&job.machine_dir);
+    let record = store.load()?.unwrap_or_else(godwit_migration::handover::Record::created);
+    let settings =
+        SourceSettings { leave_paused: job.options.leave_paused, ..SourceSettings::new(&job.peer) };
+    let handover = Source::new(&record, settings);
+
+    let threads = start_threads(job, &guest, &map, memory, &session).await;
+    let threads = match threads {
+        Ok(threads) => threads,
+        Err(error) => {
+            guest.give_up().await?;
+            guest.put_back().await?;
+            return Err(error);
+        }
+    };
+    journal.say(Happening::Phase { phase: Phase::PreCopy });
+    Control::new(job, journal, guest, session, store, handover, threads, map.page_count(), draft)
+        .run(commands)
+        .await
+}
+
+/// The guest's memory, if it may be read; otherwise its pages are taken from QEMU's stream.
+fn readable_memory(
+    job: &Job,
+    map: &MemoryMap,
+    journal: &Journal,
+) -> Result<Option<ProcessMemory>, WorkerError> {
+    if job.options.inline {
+        return Ok(None);
+    }
+    let memory = ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges())?;
+    match memory.probe() {
+        Ok(()) => Ok(Some(memory)),
+        Err(error) => {
+            journal.warn(format!("{error}; the guest's pages are taken from QEMU's stream instead"));
+            Ok(None)
+        }
+    }
+}
+
+async fn connect(job: &Job) -> Result<Session, WorkerError> {
+    let identity = HostIdentity::open(&job.identity_dir, std::time::SystemTime::now())?;
+    let config = ConnectConfig {
+        address: job.peer_address.ok_or(WorkerError::NoAddress)?,
+        route: Route::Migration(job.id.clone()),
+        peer: job.peer.parse()?,
+        identity: Arc::new(identity),
+        bulk_connections: job.options.connections,
+        limits: Limits {
+            bandwidth_bytes_per_second: job.options.bandwidth_bytes_per_second,
+            ..Limits::default()
+        },
+        timeouts: Timeouts { reconnect: RECONNECT, ..Timeouts::default() },
+    };
+    Ok(Session::connect(config).await?)
+}
+
+async fn hello(job: &Job, guest: &Guest, map: &MemoryMap) -> Result<Message, WorkerError> {
+    let block = |(name, bytes): (&str, u64)| RamBlock { name: name.to_owned(), bytes, direct: true };
+    Ok(Message::Hello(Box::new(Hello {
+        version_min: wire::VERSION_MIN,
+        version_max: wire::VERSION_MAX,
+        migration_id: job.id.clone(),
+        machine: job.spec.name.clone(),
+        epoch: godwit_migration::handover::Epoch(job.epoch),
+        ram_blocks: map.sizes().map(block).collect(),
+        options: TransferOptions {
+            leave_paused: job.options.leave_paused,
+            early_announce: job.options.early_announce,
+        },
+        qemu_version: guest.monitor.query_version().await?.to_string(),
+        machine_type: guest.monitor.machine_type().await?,
+    })))
+}
+
+/// Says hello; returns when the target has said welcome.
+async fn greet(session: &Session, hello: &Message) -> Result<(), WorkerError> {
+    let (kind, body) = wire::encode(hello)?;
+    session.send(Lane::Urgent, kind, body).await?;
+    let answer = tokio::time::timeout(WELCOME_TIMEOUT, session.recv(Lane::Urgent)).await;
+    let answer = answer.map_err(|_| WorkerError::NoWelcome)??.ok_or(WorkerError::NoWelcome)?;
+    match wire::decode(answer.kind, &answer.payload)? {
+        Message::Welcome(_) => Ok(()),
+        Message::Refuse(refuse) => Err(WorkerError::Refused(refuse.reason)),
+        _ => Err(WorkerError::NoWelcome),
+    }
+}
+
+/// Opens QEMU's stream and starts the pump and the sender.
+async fn start_threads(
+    job: &Job,
+    guest: &Guest,
+    map: &MemoryMap,
+    memory: Option<ProcessMemory>,
+    session: &Session,
+) -> Result<Threads, WorkerError> {
+    let verify = match job.options.verify {
+        Verify::Full => Some(ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges())?),
+        Verify::Digest => None,
+    };
+    let contents: Box<dyn Contents> = match memory {
+        Some(memory) => Box::new(Direct::new(memory)),
+        None => Box::new(Inline::default()),
+    };
+    let stage =
+        Arc::new(SharedStage::new(Mover::new(map.page_count(), mover::Settings::default()), contents));
+    let stream = guest.open_stream(&super::stream_socket(&job.machine_dir)).await?;
+    let return_path = stream.try_clone().map_err(WorkerError::ReturnPath)?;
+
+    let account = Arc::new(Account::default());
+    let compressors = thread::available_parallelism().map_or(1, usize::from).min(4);
+    let outbox = Outbox::start(SessionLink(session.clone()), wire::BATCH, compressors, account.clone());
+    let pace = Arc::new(Pace::default());
+    let pages = PageNumbers::new(map.first_pages());
+    let courier = StreamCourier::new(outbox.clone());
+    let pump = Pump { stream, pages, stage: stage.clone(), pace: pace.clone(), courier };
+    let (tell, events) = mpsc::channel(THREAD_EVENTS);
+    let told = tell.clone();
+    thread::spawn(move || pump.run(|event| drop(told.blocking_send(Happened::Pump(event)))));
+
+    let limit = job.options.base_limit_bytes.unwrap_or(map.page_count() * 4096 / 4);
+    let limits =
+        EncoderLimits { base_bytes: usize::try_from(limit).unwrap_or(usize::MAX), level: COMPRESSION_LEVEL };
+    let (sending, sent_through) = (stage.clone(), outbox.clone());
+    thread::spawn(move || {
+        let sent = sender::send_all(&sending, Encoder::new(limits), &sent_through);
+        drop(tell.blocking_send(Happened::Sent(sent)));
+    });
+    Ok(Threads { stage, pace, outbox, account, return_path, events, verify })
+}
+
+/// The bulk lane of a session.
+struct SessionLink(Session);
+
+impl Link for SessionLink {
+    fn send(&mut self, kind: u8, payload: bytes::Bytes) -> Result<(), LinkClosed> {
+        self.0.blocking_send(Lane::Bulk, kind, payload).map_err(|_| LinkClosed)
+    }
+}
+
+/// QEMU's words for what a guest does, in the hand-over's.
+fn run_state(state: qmp::RunState) -> RunState {
+    match state {
+        qmp::RunState::Running => RunState::Running,
+        qmp::RunState::Suspended => RunState::Suspended,
+        qmp::RunState::IoError => RunState::IoError,
+        qmp::RunState::GuestPanicked => RunState::Panicked,
+        _ => RunState::Paused,
+    }
+}

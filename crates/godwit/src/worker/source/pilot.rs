@@ -1,0 +1,167 @@
+//! Puts what the parts measured together for the stop policy, and what it says into words for the operator.
+//!
+//! No clock and no I/O: times and counts come in, a [`Course`] comes out.
+
+use godwit_migration::{
+    mover::{Mover, Taken},
+    predict::{Backlog, Learned, Predictor},
+    stop::{Gate, GateSettings, Sample, SmartStop, SmartStopSettings, StopPolicy, Verdict},
+};
+
+use crate::job::{Options, Progress, StopPolicyName};
+
+/// While the pause would be longer than this many targets, passes are rare; below, they are frequent, so that little is
+/// unseen when the guest stops.
+const NEAR_TARGETS: f64 = 4.0;
+/// Between passes while there is much to send.
+const FAR_PASS_PERIOD_MS: u64 = 100;
+/// Between passes when the stop is near.
+const NEAR_PASS_PERIOD_MS: u64 = 25;
+
+/// What the link did so far.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct LinkObservation {
+    pub(super) wire_bytes: u64,
+    pub(super) acked_bytes: u64,
+    /// Sent and not acknowledged, and drafted and not sent.
+    pub(super) in_flight_bytes: u64,
+    pub(super) rate_bytes_per_second: Option<u64>,
+    pub(super) round_trip_ms: Option<f64>,
+}
+
+/// What the mover says, copied while its lock was held.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct StageObservation {
+    pub(super) owed_blocks: u64,
+    pub(super) never_sent_blocks: u64,
+    pub(super) rewritten: u64,
+    pub(super) coalesced: u64,
+    pub(super) named: u64,
+    pub(super) sent: u64,
+}
+
+impl StageObservation {
+    pub(super) fn of(mover: &Mover) -> Self {
+        let statistics = mover.statistics();
+        Self {
+            owed_blocks: mover.owed_blocks(),
+            never_sent_blocks: mover.never_sent_blocks(),
+            rewritten: statistics.rewritten,
+            coalesced: statistics.coalesced,
+            named: statistics.named,
+            sent: statistics.sent,
+        }
+    }
+}
+
+/// What to do until the next look.
+#[derive(Debug, Clone)]
+pub(super) struct Course {
+    pub(super) verdict: Verdict,
+    pub(super) pass_period_ms: u64,
+    pub(super) progress: Progress,
+}
+
+/// Decides how the pre-copy goes on.
+pub(super) struct Pilot {
+    policy: Box<dyn StopPolicy>,
+    predictor: Predictor,
+    target_ms: f64,
+    pages_total: u64,
+    passes: u64,
+    last_pass_ms: u64,
+}
+
+impl Pilot {
+    /// A pilot that has seen nothing.
+    pub(super) fn new(options: &Options, pages_total: u64) -> Self {
+        let target_ms = options.downtime_target_ms as f64;
+        let policy: Box<dyn StopPolicy> = match options.stop_policy {
+            StopPolicyName::Gate => Box::new(Gate::new(GateSettings::new(target_ms))),
+            StopPolicyName::SmartStop => Box::new(SmartStop::new(SmartStopSettings::default())),
+        };
+        let predictor = Predictor::new(Learned::default());
+        Self { policy, predictor, target_ms, pages_total, passes: 0, last_pass_ms: 0 }
+    }
+
+    /// Learns what blocks of a batch took.
+    pub(super) fn batch_left(&mut self, taken: Taken, encoded_bytes: u64) {
+        self.predictor.observe_batch(taken.first_time, taken.again, encoded_bytes);
+    }
+
+    /// Looks at the state of things `now_ms` after the beginning, when QEMU has made `passes` passes.
+    pub(super) fn look(
+        &mut self,
+        now_ms: u64,
+        passes: u64,
+        stage: &StageObservation,
+        link: &LinkObservation,
+    ) -> Course {
+        if passes != self.passes {
+            self.passes = passes;
+            self.last_pass_ms = now_ms;
+            self.predictor.observe_dirtying(now_ms, stage.rewritten);
+        }
+        // Before the link was ever full, what it delivered is the least that it can.
+        let delivered = link.acked_bytes as f64 * 1e3 / now_ms.max(1) as f64;
+        let rate = link.rate_bytes_per_second.map_or(delivered, |rate| rate as f64);
+        self.predictor.observe_link(rate, link.round_trip_ms.unwrap_or_default());
+        let backlog = Backlog {
+            first_time_blocks: stage.never_sent_blocks,
+            again_blocks: stage.owed_blocks - stage.never_sent_blocks,
+            in_flight_bytes: link.in_flight_bytes,
+            unseen_ms: now_ms - self.last_pass_ms,
+        };
+        let sample = self.sample(now_ms, stage, link, &backlog);
+        // Until QEMU has named everything once, what is owed says nothing.
+        let verdict = if passes == 0 { Verdict::Continue } else { self.policy.observe(&sample) };
+        let is_near = passes > 0 && sample.predicted_pause_ms <= self.target_ms * NEAR_TARGETS;
+        Course {
+            verdict,
+            pass_period_ms: if is_near { NEAR_PASS_PERIOD_MS } else { FAR_PASS_PERIOD_MS },
+            progress: self.progress(&sample, stage, link, &backlog),
+        }
+    }
+
+    fn sample(
+        &self,
+        now_ms: u64,
+        stage: &StageObservation,
+        link: &LinkObservation,
+        backlog: &Backlog,
+    ) -> Sample {
+        Sample {
+            now_ms,
+            pass: self.passes,
+            owed_blocks: stage.owed_blocks,
+            never_sent_blocks: stage.never_sent_blocks,
+            owed_encoded_bytes: self.predictor.owed_bytes(backlog) as u64,
+            in_flight_bytes: link.in_flight_bytes,
+            sent_blocks: stage.sent,
+            dirtied_blocks: stage.rewritten - stage.coalesced.min(stage.rewritten),
+            rate_bytes_per_second: self.predictor.rate_bytes_per_second() as u64,
+            dirty_bytes_per_second: self.predictor.dirty_bytes_per_second() as u64,
+            predicted_pause_ms: self.predictor.pause(backlog).total_ms(),
+        }
+    }
+
+    fn progress(
+        &self,
+        sample: &Sample,
+        stage: &StageObservation,
+        link: &LinkObservation,
+        backlog: &Backlog,
+    ) -> Progress {
+        let whole = |ms: f64| ms.is_finite().then_some(ms as u64);
+        Progress {
+            pages_settled: self.pages_total.saturating_sub(stage.owed_blocks),
+            pages_total: self.pages_total,
+            pages_owed: stage.owed_blocks,
+            wire_bytes: link.wire_bytes,
+            rate_bytes_per_second: sample.rate_bytes_per_second,
+            dirty_pages_per_second: self.predictor.dirty_blocks_per_second() as u64,
+            predicted_downtime_ms: whole(sample.predicted_pause_ms),
+            predicted_remaining_ms: self.predictor.remaining_ms(backlog, self.target_ms).and_then(whole),
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! From the stage to the link: one thread takes batches and drafts them, a few compress, one sends in order.
+//!
+//! ```text
+//!   stage ──► draft (one thread: it owns the cache) ──► seal (a few threads) ──► send (one thread, in draft order)
+//! ```
+//!
+//! Whatever else goes to the target in order with the batches goes through the same [`Outbox`]. Every queue is short:
+//! what waits here when the guest stops lengthens the pause.
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{self, Receiver, SyncSender},
+    },
+    thread,
+};
+
+use bytes::Bytes;
+use godwit_content::{Batch as SealedBatch, Chain, Compressor, Draft, Encoder, Tally, seal_bytes};
+use godwit_migration::mover::Taken;
+use xxhash_rust::xxh3::Xxh3Default;
+
+use super::stage::{Batch, SharedStage, StageError};
+use crate::worker::STREAM_PIECE_BYTES_MAX;
+
+/// Drafts that wait for a free compressor, and parcels that wait for the link.
+const QUEUE_PARCELS: usize = 4;
+/// Level of zstd for QEMU's sections: they are small, and the guest waits for them.
+const STREAM_LEVEL: i32 = 3;
+/// Batches remembered for whoever learns from them; he looks many times a second.
+const NEWS_MAX: usize = 65_536;
+
+/// Something for the target, in its place in the order.
+enum Parcel {
+    Sealing { batch: Receiver<SealedBatch>, taken: Taken },
+    Ready { kind: u8, payload: Bytes },
+}
+
+/// How a frame leaves this process.
+pub(super) trait Link: Send + 'static {
+    /// Hands over a frame; blocks while the link takes no more. An error ends the migration; the link itself says why.
+    fn send(&mut self, kind: u8, payload: Bytes) -> Result<(), LinkClosed>;
+}
+
+/// The link takes nothing any more.
+#[derive(Debug, Clone, Copy, thiserror::Error)]
+#[error("the session with the target is closed")]
+pub(super) struct LinkClosed;
+
+/// What was sent so far, for reports and predictions.
+#[derive(Debug, Default)]
+pub(super) struct Account {
+    left: Mutex<Left>,
+    waiting_parcels: AtomicU64,
+    stream_bytes: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Left {
+    tally: Tally,
+    batches: u64,
+    /// Since somebody last asked.
+    news: Vec<(Taken, u64)>,
+}
+
+impl Account {
+    /// Sums over all batches that have left.
+    pub(super) fn tally(&self) -> Tally {
+        self.left().tally
+    }
+
+    /// Bytes that wait here to leave, as far as they can be known before they are compressed.
+    pub(super) fn waiting_bytes(&self) -> u64 {
+        let left = self.left();
+        let mean = left.tally.encoded_bytes.checked_div(left.batches).unwrap_or_default();
+        mean * self.waiting_parcels.load(Ordering::Acquire)
+    }
+
+    /// The batches that left since the last call, and their encoded bytes.
+    pub(super) fn news(&self) -> Vec<(Taken, u64)> {
+        std::mem::take(&mut self.left().news)
+    }
+
+    /// Bytes of QEMU's own sections, sealed.
+    pub(super) fn stream_bytes(&self) -> u64 {
+        self.stream_bytes.load(Ordering::Acquire)
+    }
+
+    fn stream_leaves(&self, sealed_bytes: usize) {
+        self.stream_bytes.fetch_add(sealed_bytes as u64, Ordering::AcqRel);
+    }
+
+    fn batch_leaves(&self, batch: &SealedBatch, taken: Taken) {
+        let mut left = self.left();
+        left.tally += batch.tally;
+        left.batches += 1;
+        if left.news.len() < NEWS_MAX {
+            left.news.push((taken, batch.tally.encoded_bytes));
+        }
+    }
+
+    fn left(&self) -> MutexGuard<'_, Left> {
+        self.left.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+/// The ordered way to the target.
+#[derive(Clone)]
+pub(super) struct Outbox {
+    drafts: SyncSender<(Draft, SyncSender<SealedBatch>)>,
+    parcels: SyncSender<Parcel>,
+    account: Arc<Account>,
+}
+
+impl Outbox {
+    /// Starts `compressors` threads and the one that sends over `link`; batches get the frame kind `batch_kind`. They
+    /// end when the last clone of the outbox is gone, or the link is closed.
+    pub(super) fn start(link: impl Link, batch_kind: u8, compressors: usize, account: Arc<Account>) -> Self {
+        let (drafts, drafted) = mpsc::sync_channel(QUEUE_PARCELS);
+        let (parcels, queued) = mpsc::sync_channel(QUEUE_PARCELS);
+        let drafted = Arc::new(Mutex::new(drafted));
+        for _ in 0..compressors.max(1) {
+            let drafted = drafted.clone();
+            thread::spawn(move || compress(&drafted));
+        }
+        let sending = account.clone();
+        thread::spawn(move || deliver(link, batch_kind, &queued, &sending));
+        Self { drafts, parcels, account }
+    }
+
+    /// Puts a frame in its place behind everything before it.
+    pub(super) fn put(&self, kind: u8, payload: Bytes) -> Result<(), LinkClosed> {
+        self.queue(Parcel::Ready { kind, payload })
+    }
+
+    fn put_draft(&self, draft: Draft, taken: Taken) -> Result<(), LinkClosed> {
+        let (sealed, sealing) = mpsc::sync_channel(1);
+        self.drafts.send((draft, sealed)).map_err(|_| LinkClosed)?;
+        self.queue(Parcel::Sealing { batch: sealing, taken })
+    }
+
+    fn queue(&self, parcel: Parcel) -> Result<(), LinkClosed> {
+        self.account.waiting_parcels.fetch_add(1, Ordering::AcqRel);
+        self.parcels.send(parcel).map_err(|_| LinkClosed)
+    }
+}
+
+type Drafts = Receiver<(Draft, SyncSender<SealedBatch>)>;
+
+fn compress(drafts: &Mutex<Drafts>) {
+    let mut compressor = Compressor::new();
+    loop {
+        let next = drafts.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).recv();
+        let Ok((draft, sealed)) = next else { return };
+        // Nobody waits for it once the link is closed.
+        let _ = sealed.send(draft.seal(&mut compressor));
+    }
+}
+
+fn deliver(mut link: impl Link, batch_kind: u8, parcels: &Receiver<Parcel>, account: &Account) {
+    while let Ok(parcel) = parcels.recv() {
+        let sent = match parcel {
+            Parcel::Ready { kind, payload } => link.send(kind, payload),
+            Parcel::Sealing { batch, taken } => {
+                let Ok(batch) = batch.recv() else { return };
+                account.batch_leaves(&batch, taken);
+                link.send(batch_kind, batch.bytes.into())
+            }
+        };
+        account.waiting_parcels.fetch_sub(1, Ordering::AcqRel);
+        if sent.is_err() {
+            return;
+        }
+    }
+}
+
+/// Why the sender stopped before everything was sent.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum SendError {
+    /// The stage has no contents for what it owes.
+    #[error(transparent)]
+    Stage(#[from] StageError),
+    /// The session is over; its own error says why.
+    #[error(transparent)]
+    Link(#[from] LinkClosed),
+    /// The worker gave up.
+    #[error("the migration was given up")]
+    Closed,
+}
+
+/// What the sender leaves when everything owed has been put into the outbox.
+#[derive(Debug)]
+pub(super) struct Sent {
+    /// Digest over everything that was sent, in order.
+    pub(super) chain: Chain,
+    /// Batches that were drafted.
+    pub(super) batches: u64,
+}
+
+/// Sends what the stage owes until the guest's last page has gone; the body of its thread.
+pub(super) fn send_all(
+    stage: &SharedStage,
+    mut encoder: Encoder,
+    outbox: &Outbox,
+) -> Result<Sent, SendError> {
+    let mut batches = 0;
+    while let Some(batch) = next_batch(stage)? {
+        outbox.put_draft(encoder.draft(&batch.blocks, batch.contents), batch.taken)?;
+        batches += 1;
+    }
+    Ok(Sent { chain: encoder.chain(), batches })
+}
+
+/// The next batch; `None` when everything has been taken and nothing more will be named.
+fn next_batch(stage: &SharedStage) -> Result<Option<Batch>, SendError> {
+    let mut held = stage.lock();
+    while !held.is_closed() {
+        if let Some(batch) = held.take()? {
+            stage.wake();
+            return Ok(Some(batch));
+        }
+        if held.is_drained() {
+            return Ok(None);
+        }
+        held = stage.wait(held);
+    }
+    Err(SendError::Closed)
+}
+
+/// Puts pieces of QEMU's stream into the outbox and keeps the digest of all of them.
+pub(super) struct StreamCourier {
+    outbox: Outbox,
+    compressor: Compressor,
+    digest: Xxh3Default,
+    bytes: u64,
+}
+
+/// What was sent of QEMU's stream.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct StreamSum {
+    pub(super) bytes: u64,
+    pub(super) digest: [u8; 16],
+}
+
+impl StreamCourier {
+    /// A courier that has sent nothing.
+    pub(super) fn new(outbox: Outbox) -> Self {
+        Self { outbox, compressor: Compressor::new(), digest: Xxh3Default::new(), bytes: 0 }
+    }
+
+    /// Sends `stream` in frames of `kind`, sealed.
+    pub(super) fn put(&mut self, kind: u8, stream: &[u8]) -> Result<(), LinkClosed> {
+        for piece in stream.chunks(STREAM_PIECE_BYTES_MAX) {
+            self.digest.update(piece);
+            self.bytes += piece.len() as u64;
+            let sealed = seal_bytes(&mut self.compressor, STREAM_LEVEL, piece);
+            self.outbox.account.stream_leaves(sealed.len());
+            self.outbox.put(kind, sealed.into())?;
+        }
+        Ok(())
+    }
+
+    /// The sum of what was sent so far.
+    pub(super) fn sum(&self) -> StreamSum {
+        StreamSum { bytes: self.bytes, digest: self.digest.digest128().to_le_bytes() }
+    }
+}

@@ -1,0 +1,346 @@
+//! The loop of the target's worker: one place that awaits, one that decides, one that acts.
+
+use std::{sync::mpsc as std_mpsc, time::Duration};
+
+use godwit_migration::{
+    handover::{self, Action, Outcome, Sync, Target, TargetEvent},
+    wire::{self, Message, Token, TransferOptions},
+};
+use godwit_qemu::{
+    qmp::{Client, Event},
+    return_path,
+};
+use godwit_transport::session::{Lane, Session};
+use tokio::{
+    sync::{broadcast, mpsc},
+    time::{Instant, sleep_until},
+};
+
+use super::intake::{Arrived, IntakeError};
+use crate::{
+    job::{self, Command, Happening, Job, Phase},
+    token::{Durability, Store},
+    worker::{
+        WorkerError,
+        account::{ReportDraft, one_line},
+        end_qemu,
+        journal::Journal,
+    },
+};
+
+/// How long the target goes without a sign of life before it asks the hand-over what that means. The session's own
+/// reconnect timeout is longer; this is for a peer that is there and silent in the pause.
+const PATIENCE: Duration = Duration::from_secs(90);
+/// How long a settled target stays to answer the source.
+const LINGER: Duration = Duration::from_secs(10);
+/// The guest's announcements after it runs (CloudNet, 6.4.1.4): at once, then spread over half a second.
+const ANNOUNCE_ROUNDS: u32 = 5;
+const ANNOUNCE_STEP: Duration = Duration::from_millis(50);
+
+/// What the intake is told once the token has come.
+#[derive(Debug)]
+pub(super) enum Order {
+    /// Compare everything with what the token promises.
+    Verify(Token),
+    /// Give QEMU the device state.
+    Load,
+}
+
+/// Everything that can happen to a target.
+#[derive(Debug)]
+pub(super) enum Happened {
+    /// Something in the bulk lane that matters here.
+    Arrived(Arrived),
+    /// Everything that the token promises is here and right.
+    Verified,
+    /// What arrived can't be used.
+    IntakeFailed(IntakeError),
+    /// QEMU says something on its return path.
+    ReturnPath(return_path::Message),
+    /// The newest record is on disk.
+    Synced,
+    /// A message of the source.
+    Peer(Result<Message, wire::DecodeError>),
+    /// The session ended.
+    SessionOver,
+    /// QEMU says something.
+    Monitor(Event),
+    /// QEMU's monitor ended: so did QEMU.
+    QemuGone,
+    /// The operator says something.
+    Command(Command),
+    /// Nothing happened for long.
+    Silence,
+}
+
+/// What the loop works with.
+pub(super) struct Parts {
+    pub(super) monitor: Client,
+    pub(super) session: Session,
+    pub(super) store: Store,
+    pub(super) handover: Target,
+    pub(super) orders: std_mpsc::Sender<Order>,
+    pub(super) tell: mpsc::Sender<Happened>,
+    pub(super) events: mpsc::Receiver<Happened>,
+}
+
+/// A migration under way at its target.
+pub(super) struct Control<'a> {
+    job: &'a Job,
+    journal: &'a Journal,
+    parts: Parts,
+    options: TransferOptions,
+    draft: &'a mut ReportDraft,
+    qemu_events: broadcast::Receiver<Event>,
+    token: Option<Token>,
+    session_over: bool,
+    outcome: Option<Outcome>,
+    deadline: Instant,
+}
+
+impl<'a> Control<'a> {
+    pub(super) fn new(
+        job: &'a Job,
+        journal: &'a Journal,
+        parts: Parts,
+        options: TransferOptions,
+        draft: &'a mut ReportDraft,
+    ) -> Self {
+        Self {
+            qemu_events: parts.monitor.events(),
+            job,
+            journal,
+            parts,
+            options,
+            draft,
+            token: None,
+            session_over: false,
+            outcome: None,
+            deadline: Instant::now() + PATIENCE,
+        }
+    }
+
+    /// Takes the machine, or refuses it.
+    pub(super) async fn run(mut self, mut commands: mpsc::Receiver<Command>) -> Result<(), WorkerError> {
+        while !self.is_over() {
+            let happened = self.next(&mut commands).await;
+            let actions = self.apply(happened);
+            self.carry_out(actions).await?;
+        }
+        self.journal.say(Happening::Phase { phase: Phase::Done });
+        Ok(())
+    }
+
+    /// A settled target stays until the source has left, so that it gets its answer.
+    fn is_over(&self) -> bool {
+        self.outcome.is_some() && (self.session_over || Instant::now() >= self.deadline)
+    }
+
+    async fn next(&mut self, commands: &mut mpsc::Receiver<Command>) -> Happened {
+        let deadline = self.deadline;
+        loop {
+            tokio::select! {
+                Some(event) = self.parts.events.recv() => return event,
+                message = self.parts.session.recv(Lane::Urgent), if !self.session_over => return match message {
+                    Ok(Some(message)) => Happened::Peer(wire::decode(message.kind, &message.payload)),
+                    Ok(None) => Happened::SessionOver,
+                    Err(error) => {
+                        tracing::info!(%error, "the session ended");
+                        Happened::SessionOver
+                    }
+                },
+                event = self.qemu_events.recv(), if !self.parts.monitor.is_closed() => match event {
+                    Ok(event) => return Happened::Monitor(event),
+                    Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => return Happened::QemuGone,
+                },
+                Some(command) = commands.recv() => return Happened::Command(command),
+                () = sleep_until(deadline) => return Happened::Silence,
+            }
+        }
+    }
+
+    /// What follows from what happened.
+    fn apply(&mut self, happened: Happened) -> Vec<Action> {
+        if self.outcome.is_none() {
+            self.deadline = Instant::now() + PATIENCE;
+        }
+        match happened {
+            Happened::Arrived(Arrived::Token(token)) => self.token_received(token),
+            Happened::Arrived(Arrived::Verified { pages }) => {
+                self.draft.report.pages_verified = Some(pages);
+                vec![]
+            }
+            Happened::Verified => self.parts.handover.apply(TargetEvent::Verified),
+            Happened::IntakeFailed(error) => self.intake_failed(one_line(&error)),
+            Happened::ReturnPath(message) => {
+                tracing::debug!(?message, "return path");
+                vec![]
+            }
+            Happened::Synced => self.parts.handover.apply(TargetEvent::Synced),
+            Happened::Peer(Ok(Message::Handover(message))) => {
+                self.parts.handover.apply(TargetEvent::PeerSays(message))
+            }
+            Happened::Peer(Ok(_)) => self.abort("the source sent a message that has no place here".into()),
+            Happened::Peer(Err(error)) => self.abort(one_line(&error)),
+            Happened::SessionOver => {
+                self.session_over = true;
+                self.parts.handover.apply(TargetEvent::LinkLost)
+            }
+            Happened::Monitor(event) => self.qemu_says(&event),
+            Happened::QemuGone => self.parts.handover.apply(TargetEvent::QemuDied),
+            Happened::Command(Command::Cancel) => self.abort("cancelled at the target".into()),
+            Happened::Command(Command::SetBandwidth { .. }) => vec![],
+            Happened::Silence => self.parts.handover.apply(TargetEvent::Timeout),
+        }
+    }
+
+    fn abort(&mut self, reason: String) -> Vec<Action> {
+        self.parts.handover.apply(TargetEvent::Abort { reason })
+    }
+
+    fn token_received(&mut self, token: Token) -> Vec<Action> {
+        self.journal.say(Happening::Phase { phase: Phase::HandedOver });
+        let (epoch, run_state, leave_paused) = (token.epoch, token.run_state, token.leave_paused);
+        self.token = Some(token);
+        self.parts.handover.apply(TargetEvent::TokenReceived { epoch, run_state, leave_paused })
+    }
+
+    fn intake_failed(&mut self, reason: String) -> Vec<Action> {
+        let failed = match self.token {
+            Some(_) => TargetEvent::VerifyFailed { reason },
+            None => TargetEvent::Abort { reason },
+        };
+        self.parts.handover.apply(failed)
+    }
+
+    fn qemu_says(&mut self, event: &Event) -> Vec<Action> {
+        match (event.name.as_str(), event.data.get("status").and_then(|status| status.as_str())) {
+            ("MIGRATION", Some("completed")) => self.parts.handover.apply(TargetEvent::Loaded),
+            ("MIGRATION", Some("failed")) => {
+                let reason = "this host's QEMU can't load the machine; its log says why".to_owned();
+                self.parts.handover.apply(TargetEvent::LoadFailed { reason })
+            }
+            ("RESUME", _) => {
+                let resumed_unix_us = event.timestamp.unix_us();
+                self.note_downtime(resumed_unix_us);
+                self.parts
+                    .handover
+                    .apply(TargetEvent::GuestRunning { resumed_unix_us: Some(resumed_unix_us) })
+            }
+            _ => vec![],
+        }
+    }
+
+    fn note_downtime(&mut self, resumed_unix_us: u64) {
+        let stopped_unix_us = self.token.as_ref().map_or(0, |token| token.stopped_unix_us);
+        if stopped_unix_us > 0 {
+            self.draft.report.downtime_ms = Some((resumed_unix_us as f64 - stopped_unix_us as f64) / 1e3);
+        }
+    }
+}
+
+/// Acting.
+impl Control<'_> {
+    async fn carry_out(&mut self, actions: Vec<Action>) -> Result<(), WorkerError> {
+        for action in actions {
+            tracing::debug!(?action, "hand-over");
+            self.act(action).await?;
+        }
+        Ok(())
+    }
+
+    async fn act(&mut self, action: Action) -> Result<(), WorkerError> {
+        match action {
+            Action::Persist { record, sync } => self.persist(&record, sync)?,
+            Action::Send(message) => self.send(message).await?,
+            Action::Verify => self.verify().await,
+            // An intake that is gone has said why.
+            Action::Load => drop(self.parts.orders.send(Order::Load)),
+            Action::ContinueGuest => self.continue_guest().await,
+            Action::KillQemu => end_qemu(&self.parts.monitor, self.job.pid).await?,
+            Action::Report(outcome) => self.report(outcome).await,
+            // These are the source's.
+            Action::OpenGate | Action::AnswerShut | Action::SendToken { .. } | Action::AbortMigration => {}
+        }
+        Ok(())
+    }
+
+    fn persist(&self, record: &handover::Record, sync: Sync) -> Result<(), WorkerError> {
+        match sync {
+            Sync::Before => self.parts.store.save(record, Durability::Synced)?,
+            Sync::Behind => {
+                self.parts.store.save(record, Durability::Written)?;
+                let (store, tell) = (self.parts.store.clone(), self.parts.tell.clone());
+                tokio::task::spawn_blocking(move || {
+                    if store.sync().is_ok() {
+                        drop(tell.blocking_send(Happened::Synced));
+                    }
+                });
+            }
+        }
+        Ok(())
+    }
+
+    async fn send(&self, message: handover::Message) -> Result<(), WorkerError> {
+        if self.session_over {
+            return Ok(());
+        }
+        let (kind, body) = wire::encode(&Message::Handover(message))?;
+        // A link that is lost is told by the session itself.
+        let _ = self.parts.session.send(Lane::Urgent, kind, body).await;
+        Ok(())
+    }
+
+    async fn verify(&mut self) {
+        if self.options.early_announce {
+            self.announce().await;
+        }
+        if let Some(token) = self.token.clone() {
+            // An intake that is gone has said why.
+            drop(self.parts.orders.send(Order::Verify(token)));
+        }
+    }
+
+    async fn continue_guest(&mut self) {
+        let Err(error) = self.parts.monitor.cont().await else { return };
+        let runs = self.parts.monitor.query_status().await.is_ok_and(|status| status.running);
+        if !runs {
+            let reason = one_line(&error);
+            let failed = self.parts.handover.apply(TargetEvent::ContFailed { reason });
+            if let Err(error) = Box::pin(self.carry_out(failed)).await {
+                self.journal.warn(one_line(&error));
+            }
+        }
+    }
+
+    async fn report(&mut self, outcome: Outcome) {
+        match &outcome {
+            Outcome::Taken => {
+                self.draft.completed();
+                self.announce().await;
+            }
+            Outcome::Refused { reason } => self.draft.taken_back(job::Outcome::Failed, reason.clone()),
+            Outcome::Died { reason } => {
+                self.draft.completed();
+                self.draft.report.detail = Some(reason.clone());
+            }
+            Outcome::HandedOver { .. } | Outcome::TakenBack { .. } | Outcome::Unsettled => {}
+        }
+        self.deadline = Instant::now() + LINGER;
+        self.outcome = Some(outcome);
+    }
+
+    /// Makes the guest's cards tell the network where they are now.
+    async fn announce(&self) {
+        let announced = self.parts.monitor.announce_self(
+            ANNOUNCE_STEP,
+            ANNOUNCE_STEP * 4,
+            ANNOUNCE_ROUNDS,
+            ANNOUNCE_STEP,
+        );
+        if let Err(error) = announced.await {
+            self.journal.warn(format!("the guest's addresses couldn't be announced: {}", one_line(&error)));
+        }
+    }
+}
