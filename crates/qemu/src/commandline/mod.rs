@@ -3,6 +3,8 @@
 mod arguments;
 mod build;
 mod policy;
+pub(crate) mod properties;
+pub(crate) mod rules;
 
 pub use self::{
     arguments::{Argument, ArgumentError, parse},

@@ -31,6 +31,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+pub(crate) use self::validate::{check_interface, check_path};
 pub use self::{
     mac::{MacAddress, MacAddressError},
     size::{ByteSize, ByteSizeError},

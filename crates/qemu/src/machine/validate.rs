@@ -42,6 +42,7 @@ impl Spec {
     pub fn validate(&self) -> Result<(), SpecError> {
         check_name(&self.name)?;
         check_word("machine", &self.machine, "._-")?;
+        check_family(&self.machine)?;
         check_word("cpu", &self.cpu, "._-+=,:")?;
         check_numbers(self)?;
         for (index, net) in self.net.iter().enumerate() {
@@ -82,6 +83,19 @@ fn check_word(key: &str, word: &str, punctuation: &str) -> Result<(), SpecError>
         return Err(SpecError::new(key, "\"help\" isn't a choice; write one of the names that it lists"));
     }
     Ok(())
+}
+
+fn check_family(machine: &str) -> Result<(), SpecError> {
+    let known = matches!(machine, "pc" | "q35")
+        || machine.starts_with("pc-i440fx-")
+        || machine.starts_with("pc-q35-");
+    if known {
+        return Ok(());
+    }
+    Err(SpecError::new(
+        "machine",
+        format!("{machine} isn't supported; use q35, pc or one of their versioned types"),
+    ))
 }
 
 fn check_numbers(spec: &Spec) -> Result<(), SpecError> {
@@ -145,6 +159,10 @@ fn check_boot(boot: &DirectBoot) -> Result<(), SpecError> {
     check_path("boot.kernel", &boot.kernel)?;
     if let Some(initrd) = &boot.initrd {
         check_path("boot.initrd", initrd)?;
+        if initrd.to_string_lossy().contains(',') {
+            let problem = "has a comma, behind which QEMU may expect another file; use a name without one";
+            return Err(SpecError::new("boot.initrd", problem));
+        }
     }
     check_text("boot.append", &boot.append)
 }

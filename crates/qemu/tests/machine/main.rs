@@ -1,0 +1,8 @@
+//! Command lines, the monitor and adoption against a real QEMU under TCG, without a guest system.
+//!
+//! They need `qemu-system-x86_64` 10 in `PATH`.
+
+mod adoption;
+mod described;
+mod monitor;
+mod qemu;
