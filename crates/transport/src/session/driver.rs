@@ -31,7 +31,7 @@ enum Stop {
     Ended,
     Fault(Fault),
     /// The source has noticed a loss that we haven't, and dials anew.
-    Superseded(Offer),
+    Superseded(Box<Offer>),
 }
 
 /// Runs a session until it ends.
@@ -58,7 +58,7 @@ async fn carry_until_stopped(shared: &Arc<Shared>, side: &mut Side, connections:
     tokio::select! {
         fault = carry(shared, connections) => Stop::Fault(fault),
         () = shared.ended() => Stop::Ended,
-        offer = newer_offer(side) => Stop::Superseded(offer),
+        offer = newer_offer(side) => Stop::Superseded(Box::new(offer)),
     }
 }
 
@@ -90,7 +90,7 @@ async fn reconnect(shared: &Shared, side: &mut Side, stop: Stop) -> Result<Conne
     tracing::info!(peer = %shared.peer(), %cause, "connections lost");
     match (side, stop) {
         (Side::Source(dialer), _) => dialer.redial(shared, cause).await,
-        (Side::Target(door), Stop::Superseded(offer)) => door.gather(shared, Some(offer)).await,
+        (Side::Target(door), Stop::Superseded(offer)) => door.gather(shared, Some(*offer)).await,
         (Side::Target(door), _) => door.regather(shared, cause).await,
     }
 }
