@@ -109,3 +109,23 @@ const SWITCHES: &[&str] = &[
     "nographic", "old-param", "only-migratable", "perfmap", "preconfig", "S", "s", "semihosting",
     "singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach", "xen-domid-restrict",
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_cut_as_qemu_cuts_them() {
+        let line = ["-no-reboot", "--rtc", "-S", "-usb", "-append", "a -b"];
+        let expected = [
+            Argument::switch("no-reboot"),
+            Argument::new("rtc", "-S"),
+            Argument::switch("usb"),
+            Argument::new("append", "a -b"),
+        ];
+        assert_eq!(parse(&line).unwrap(), expected);
+        assert_eq!(parse(&["-usb", "/a.img"]), Err(ArgumentError::Positional("/a.img".into())));
+        assert_eq!(parse(&["-rtc"]), Err(ArgumentError::NoValue("rtc".into())));
+        assert_eq!(parse(&["-frob", "x"]), Err(ArgumentError::Unknown("frob".into())));
+    }
+}

@@ -11,3 +11,6 @@ pub use self::{
     build::{BuildError, Launch, MachineDir, RESERVED_OPTIONS, build},
     policy::{Policy, PolicyRefusal, localise},
 };
+
+#[cfg(test)]
+mod hostile;

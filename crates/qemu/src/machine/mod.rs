@@ -253,3 +253,6 @@ const fn one_queue() -> u16 {
 const fn enabled() -> bool {
     true
 }
+
+#[cfg(test)]
+mod tests;
