@@ -7,6 +7,7 @@ use godwit_sim::{guest_image::GuestImage, lab::Lab, link::Shape};
 
 use crate::setup;
 
+mod godwit;
 mod outcome;
 mod plain_qemu;
 mod table;
@@ -41,7 +42,8 @@ struct Stage<'a> {
 
 type Contender = (&'static str, fn(&Stage) -> Result<Outcome>);
 
-const CONTENDERS: [Contender; 3] = [
+const CONTENDERS: [Contender; 4] = [
+    (godwit::NAME, godwit::run),
     ("qemu-precopy", |stage| plain_qemu::run(stage, &plain_qemu::PRECOPY)),
     ("qemu-xbzrle", |stage| plain_qemu::run(stage, &plain_qemu::XBZRLE)),
     ("qemu-xbzrle-downtime", |stage| plain_qemu::run(stage, &plain_qemu::XBZRLE_DOWNTIME)),

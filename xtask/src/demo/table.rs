@@ -2,7 +2,7 @@
 
 use std::{fmt::Write, time::Duration};
 
-use super::outcome::Outcome;
+use super::{godwit::NAME as GODWIT, outcome::Outcome};
 
 /// What godwit's figures may be, as a share of the best converged contender's.
 const WIRE_BYTES_SHARE: f64 = 0.5;
@@ -11,7 +11,6 @@ const DOWNTIME_SHARE: f64 = 0.3;
 /// What the pause may be above one round trip.
 const DOWNTIME_OVER_ROUND_TRIP: Duration = Duration::from_millis(30);
 const LEAST_PROGRESS: f64 = 0.95;
-const GODWIT: &str = "godwit";
 
 /// The table, and below it the targets where godwit is among the contenders.
 pub(super) fn render(outcomes: &[Outcome], round_trip: Duration) -> String {
