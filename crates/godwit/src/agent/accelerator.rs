@@ -41,7 +41,9 @@ pub(crate) async fn detect(emulator: &Path, state_dir: &Path) -> Accel {
     let version = emulator_version(emulator).await.unwrap_or_default();
     let known: Option<Finding> = state::read_json(&kept).ok();
     let finding = match known {
-        Some(known) if known.kernel == kernel && known.version == version && known.emulator == emulator => known,
+        Some(known) if known.kernel == kernel && known.version == version && known.emulator == emulator => {
+            known
+        }
         _ => {
             let kvm = boots_under_kvm(emulator, state_dir).await;
             tracing::info!(kvm, %kernel, %version, "probed KVM");

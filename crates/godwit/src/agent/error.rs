@@ -30,17 +30,19 @@ pub(super) enum Refusal {
     Off(String),
     #[error("{machine} is busy: {doing}")]
     Busy { machine: String, doing: String },
-    #[error("{machine} was given to {holder}; migrate it back, or `godwit vm rm {machine}` if it is lost there")]
+    #[error(
+        "{machine} was given to {holder}; migrate it back, or `godwit vm rm {machine}` if it is lost there"
+    )]
     GivenAway { machine: String, holder: String },
     #[error("{0} is known here and off; `godwit vm rm {0}` makes room for another")]
     NameTaken(String),
     #[error("{0} can't be moved to the host that it is on")]
     SameHost(String),
-    #[error("{0} isn't among [peers] in this host's configuration")]
+    #[error("{0} isn't among [peers]")]
     UnknownPeer(String),
-    #[error("machines may not be sent to {0}: may_receive isn't set for it in this host's configuration")]
+    #[error("machines may not be sent to {0}: [peers.{0}] has no may_receive")]
     MayNotReceive(String),
-    #[error("{0} may not send machines here: may_send isn't set for it in this host's configuration")]
+    #[error("machines of {0} aren't accepted: [peers.{0}] has no may_send")]
     MayNotSend(String),
     #[error("{peer} refuses: {reason}")]
     Peer { peer: String, reason: String },

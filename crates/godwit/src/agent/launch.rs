@@ -114,7 +114,9 @@ async fn launch(
     let arguments = build(spec, &launch)?;
     directory.clear_running();
     let output = run(arguments).await?;
-    let complaint = String::from_utf8_lossy(&output.stderr);
+    // What QEMU says before it has opened its log is on standard error, the rest in the log.
+    let mut complaint = String::from_utf8_lossy(&output.stderr).into_owned();
+    complaint.push_str(&std::fs::read_to_string(directory.files().log()).unwrap_or_default());
     if !output.status.success() {
         return Err(AgentError::Start(shorten(&complaint)));
     }
@@ -145,9 +147,11 @@ async fn run(arguments: Vec<String>) -> Result<Output, AgentError> {
     }
 }
 
-/// QEMU's complaint as one bounded line.
+/// QEMU's complaint as one bounded line, without time and program.
 fn shorten(complaint: &str) -> String {
-    let line = complaint.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
+    let said =
+        |line: &str| line.split_once("qemu-system-x86_64: ").map_or(line, |(_, said)| said).trim().to_owned();
+    let line = complaint.lines().map(said).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ");
     let mut line: String = line.chars().take(COMPLAINT_CHARS_MAX).collect();
     if line.is_empty() {
         line.push_str("it ended without a word");
@@ -161,7 +165,7 @@ mod tests {
 
     #[test]
     fn a_complaint_becomes_one_line() {
-        assert_eq!(shorten("a\n\n  b\n"), "a; b");
+        assert_eq!(shorten("2026-11-21T07:43:16Z qemu-system-x86_64: a\n\n  b\n"), "a; b");
         assert_eq!(shorten(""), "it ended without a word");
         assert_eq!(shorten(&"x".repeat(9_999)).len(), COMPLAINT_CHARS_MAX);
     }

@@ -82,7 +82,10 @@ impl Default for News {
 impl Migrations {
     /// The migration that a machine is in.
     pub(super) fn of_machine(&self, machine: &str) -> Option<Job> {
-        self.lock().values().find(|tracked| tracked.job.spec.name == machine).map(|tracked| tracked.job.clone())
+        self.lock()
+            .values()
+            .find(|tracked| tracked.job.spec.name == machine)
+            .map(|tracked| tracked.job.clone())
     }
 
     /// How many are under way.
@@ -101,7 +104,11 @@ impl Migrations {
 
 impl Agent {
     /// Writes the job, starts its worker and follows it; the machine stays claimed until the end.
-    pub(super) fn begin(self: &Arc<Self>, job: Job, claim: Claim) -> Result<watch::Receiver<News>, AgentError> {
+    pub(super) fn begin(
+        self: &Arc<Self>,
+        job: Job,
+        claim: Claim,
+    ) -> Result<watch::Receiver<News>, AgentError> {
         let directory = self.state.migration(&job.id);
         state::write_job(&directory, &job)?;
         if let Err(error) = workers::spawn(&directory, &job.id) {
@@ -132,7 +139,8 @@ impl Agent {
     pub(super) fn list_migrations(&self) -> Result<Vec<Migration>, AgentError> {
         let mut dated: Vec<(SystemTime, Migration)> = Vec::new();
         for id in self.state.migrations()? {
-            let written = fs::metadata(self.state.migration(&id).join(job::JOB_FILE)).and_then(|it| it.modified());
+            let written =
+                fs::metadata(self.state.migration(&id).join(job::JOB_FILE)).and_then(|it| it.modified());
             if let (Ok(written), Ok(migration)) = (written, self.show_migration(&id)) {
                 dated.push((written, migration));
             }
@@ -153,7 +161,15 @@ impl Agent {
             }
         };
         let News { phase, progress, report, .. } = news;
-        Ok(Migration { id: job.id, machine: job.spec.name, role: job.role, peer: job.peer, phase, progress, report })
+        Ok(Migration {
+            id: job.id,
+            machine: job.spec.name,
+            role: job.role,
+            peer: job.peer,
+            phase,
+            progress,
+            report,
+        })
     }
 
     /// Tells the worker of a migration something.
@@ -175,7 +191,9 @@ impl Agent {
         let said = timeout(COMMAND_TIMEOUT, say).await.unwrap_or_else(|late| Err(late.into()));
         let mut worker = said.map_err(|error| AgentError::Worker(format!("can't be reached: {error}")))?;
         // A worker that sees its client leave may not read what the client said last.
-        tokio::spawn(async move { timeout(LINGER, tokio::io::copy(&mut worker, &mut tokio::io::sink())).await });
+        tokio::spawn(
+            async move { timeout(LINGER, tokio::io::copy(&mut worker, &mut tokio::io::sink())).await },
+        );
         self.show_migration(id)
     }
 
@@ -233,7 +251,8 @@ impl Agent {
             (Role::Target, Ok(_)) => (Outcome::Failed, Some(job.peer.clone())),
             (_, Ok(Holder::Unsettled(_)) | Err(_)) => (Outcome::Unsettled, None),
         };
-        let detail = format!("the worker ended without a report; see {}", directory.join("worker.log").display());
+        let detail =
+            format!("the worker ended without a report; its last words: {}", workers::last_words(directory));
         let report = Report { detail: Some(detail), machine_is_at: at, ..job.report(outcome) };
         if let Err(error) = state::write_json(&directory.join(job::REPORT_FILE), &report) {
             tracing::warn!(%error, "no report written");
@@ -329,7 +348,9 @@ mod tests {
     #[test]
     fn only_ids_become_paths() {
         assert!(is_id("0123456789abcdef"));
-        for other in ["", "..", "0123456789abcde", "0123456789ABCDEF", "../../etc/passwd", "0123456789abcdef/"] {
+        for other in
+            ["", "..", "0123456789abcde", "0123456789ABCDEF", "../../etc/passwd", "0123456789abcdef/"]
+        {
             assert!(!is_id(other), "{other}");
         }
     }

@@ -26,12 +26,13 @@ mod migrations;
 mod outgoing;
 mod ownership;
 mod peers;
-mod process;
+pub(crate) mod process;
 mod state;
 mod taps;
 mod workers;
 
 use std::{
+    io::IsTerminal,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
@@ -118,8 +119,6 @@ pub(crate) struct Agent {
 /// # Errors
 /// [`StartError`], one line.
 pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let config = Config::load(config)?;
     let identity = open_identity(&config)?;
     let emulator = find_emulator(&config.emulator)?;
@@ -138,6 +137,13 @@ pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
         migrations: Migrations::default(),
     });
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(agent.serve())
+}
+
+/// Logs to standard error: the agent's to the terminal or the journal, a worker's to the file that the agent gave it.
+pub(crate) fn log_to_stderr() {
+    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
 }
 
 impl Agent {
@@ -203,9 +209,8 @@ fn find_emulator(emulator: &Path) -> Result<PathBuf, StartError> {
     } else {
         std::env::split_paths(&search).map(|directory| directory.join(emulator)).collect()
     };
-    let executable = |path: &PathBuf| {
-        path.is_file() && nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok()
-    };
+    let executable =
+        |path: &PathBuf| path.is_file() && nix::unistd::access(path, nix::unistd::AccessFlags::X_OK).is_ok();
     candidates
         .into_iter()
         .find(executable)

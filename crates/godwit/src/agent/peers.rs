@@ -2,11 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use godwit_transport::{
-    identity::HostName,
-    route::Route,
-    tls,
-};
+use godwit_transport::{identity::HostName, route::Route, tls};
 use hyper::Method;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{
@@ -43,7 +39,7 @@ pub(super) struct PeerAgent {
 impl Agent {
     /// Finds a host to which machines may be sent.
     pub(super) async fn find_receiver(&self, name: &str) -> Result<PeerAgent, AgentError> {
-        let unknown = || Refusal::UnknownPeer(name.to_owned());
+        let unknown = || AgentError::NotFound { what: "host among [peers]", name: name.to_owned() };
         let (name, peer) =
             self.config.peers.iter().find(|(known, _)| known.as_str() == name).ok_or_else(unknown)?;
         if !peer.may_receive {

@@ -27,8 +27,6 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::process::Process;
 use crate::{job, token::TOKEN_FILE};
 
-/// The longest path of a unix socket, without its final zero (`sockaddr_un`).
-const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// No file of the state directory is read beyond this.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -38,9 +36,6 @@ pub(crate) enum StateError {
     /// Another agent has it.
     #[error("another agent uses {}", .0.display())]
     Locked(PathBuf),
-    /// Sockets in it would have names that are too long for the kernel.
-    #[error("{} is too long for a socket's path (at most {SOCKET_PATH_BYTES_MAX} bytes)", .0.display())]
-    PathTooLong(PathBuf),
     /// The file system refused.
     #[error("can't use {}", path.display())]
     Io {
@@ -169,12 +164,8 @@ impl MachineDir {
     /// Makes the directory and writes the spec.
     ///
     /// # Errors
-    /// [`StateError::PathTooLong`] if its sockets couldn't be bound, or what the file system says.
+    /// What the file system says.
     pub(crate) fn create(&self, spec: &Spec) -> Result<(), StateError> {
-        let longest = self.files.migration_qmp();
-        if longest.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-            return Err(StateError::PathTooLong(longest));
-        }
         make_private_dir(self.path())?;
         write_json(&self.path().join("spec.json"), spec)
     }

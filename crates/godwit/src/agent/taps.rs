@@ -51,7 +51,8 @@ pub(crate) async fn create(tap: &str, bridge: &str, multi_queue: bool) -> Result
         add.push("multi_queue");
     }
     ip(&add).await?;
-    for arguments in [&["link", "set", "dev", tap, "master", bridge][..], &["link", "set", "dev", tap, "up"]] {
+    for arguments in [&["link", "set", "dev", tap, "master", bridge][..], &["link", "set", "dev", tap, "up"]]
+    {
         if let Err(error) = ip(arguments).await {
             remove(tap).await;
             return Err(error);
@@ -70,11 +71,8 @@ pub(crate) async fn remove(tap: &str) {
 }
 
 async fn ip(arguments: &[&str]) -> Result<(), TapError> {
-    let output = tokio::process::Command::new("ip")
-        .args(arguments)
-        .stdin(Stdio::null())
-        .kill_on_drop(true)
-        .output();
+    let output =
+        tokio::process::Command::new("ip").args(arguments).stdin(Stdio::null()).kill_on_drop(true).output();
     let output = tokio::time::timeout(IP_TIMEOUT, output)
         .await
         .map_err(|_| TapError::Timeout { command: arguments.join(" ") })??;

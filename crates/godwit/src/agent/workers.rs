@@ -2,7 +2,7 @@
 
 use std::{
     env, fs,
-    io::{self, IoSlice},
+    io::{self, IoSlice, Read, Seek, SeekFrom},
     net::TcpStream,
     os::fd::AsRawFd,
     path::Path,
@@ -23,17 +23,16 @@ use crate::job::ACCEPT_SOCKET;
 
 /// What the worker prints.
 const LOG_FILE: &str = "worker.log";
+/// How much of its end is looked at.
+const LAST_WORDS_BYTES_MAX: u64 = 1024;
 /// Which process it is.
 const PROCESS_FILE: &str = "worker.json";
 
 /// Starts the worker of the job that lies in `directory`; it outlives the agent.
 pub(super) fn spawn(directory: &Path, id: &str) -> Result<(), AgentError> {
     let failed = |error: io::Error| AgentError::Worker(format!("doesn't start: {error}"));
-    let log = fs::OpenOptions::new()
-        .create(true)
-        .append(true)
-        .open(directory.join(LOG_FILE))
-        .map_err(failed)?;
+    let log =
+        fs::OpenOptions::new().create(true).append(true).open(directory.join(LOG_FILE)).map_err(failed)?;
     let mut command = Command::new(env::current_exe().map_err(failed)?);
     command
         .arg("worker")
@@ -66,6 +65,21 @@ pub(super) fn kill(directory: &Path) {
     if let Ok(process) = state::read_json::<Process>(&directory.join(PROCESS_FILE)) {
         process.kill();
     }
+}
+
+/// The last line that the worker printed.
+pub(super) fn last_words(directory: &Path) -> String {
+    let read = || -> io::Result<String> {
+        let mut log = fs::File::open(directory.join(LOG_FILE))?;
+        let length = log.metadata()?.len();
+        log.seek(SeekFrom::Start(length.saturating_sub(LAST_WORDS_BYTES_MAX)))?;
+        let mut tail = Vec::new();
+        log.take(LAST_WORDS_BYTES_MAX).read_to_end(&mut tail)?;
+        Ok(String::from_utf8_lossy(&tail).into_owned())
+    };
+    let tail = read().unwrap_or_default();
+    let last = tail.lines().map(str::trim).rfind(|line| !line.is_empty());
+    last.unwrap_or("none").to_owned()
 }
 
 /// Hands a connection of which nothing has been read to a worker: one message of one byte with the descriptor.

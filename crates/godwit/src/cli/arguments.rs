@@ -347,8 +347,21 @@ mod tests {
     #[test]
     fn options_reach_the_api() {
         let options = migrate(&[
-            "--bandwidth", "80Mbit", "--downtime-target", "30ms", "--stop-policy", "smart-stop", "--base-limit",
-            "256M", "--leave-paused", "--verify", "full", "--connections", "4", "--early-announce", "--inline",
+            "--bandwidth",
+            "80Mbit",
+            "--downtime-target",
+            "30ms",
+            "--stop-policy",
+            "smart-stop",
+            "--base-limit",
+            "256M",
+            "--leave-paused",
+            "--verify",
+            "full",
+            "--connections",
+            "4",
+            "--early-announce",
+            "--inline",
         ]);
         let expected = Options {
             bandwidth_bytes_per_second: Some(10_000_000),

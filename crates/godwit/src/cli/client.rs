@@ -78,7 +78,9 @@ impl Client {
     ) -> Result<Response<Incoming>, Failure> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| {
             let socket = self.socket.display();
-            Failure::Unreachable(format!("no agent answers at {socket} ({error}); is `godwit agent` running?"))
+            Failure::Unreachable(format!(
+                "no agent answers at {socket} ({error}); is `godwit agent` running?"
+            ))
         })?;
         http::send(stream, method, path, body).await.map_err(failure)
     }

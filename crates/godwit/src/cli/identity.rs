@@ -67,7 +67,9 @@ fn ask(join: &Join, name: &HostName, output: Output) -> Result<(), Failure> {
     let request = join.identity.join(HOST_REQUEST_FILE);
     output.answer(&json!({ "request": request }), |_| {
         let request = request.display();
-        format!("wrote {request}; where the authority is: godwit ca sign CA {name} host.csr --out {name}.bundle")
+        format!(
+            "wrote {request}; where the authority is: godwit ca sign CA {name} host.csr --out {name}.bundle"
+        )
     });
     Ok(())
 }
@@ -88,7 +90,10 @@ fn read(path: &PathBuf) -> Result<String, Failure> {
     let named = |error: std::io::Error| Failure::invalid(format!("{}: {error}", path.display()));
     let length = fs::metadata(path).map_err(named)?.len();
     if length > PEM_BYTES_MAX {
-        return Err(Failure::invalid(format!("{} is {length} bytes long; that isn't a PEM file", path.display())));
+        return Err(Failure::invalid(format!(
+            "{} is {length} bytes long; that isn't a PEM file",
+            path.display()
+        )));
     }
     fs::read_to_string(path).map_err(named)
 }

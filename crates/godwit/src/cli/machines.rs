@@ -18,7 +18,8 @@ const SPEC_BYTES_MAX: u64 = 1 << 20;
 pub(super) async fn run(client: &Client, verb: VmVerb, output: Output) -> Result<ExitCode, Failure> {
     match verb {
         VmVerb::Run { file } => {
-            let machine: Machine = client.post("/v1/machines", &RunRequest { spec: read_spec(&file)? }).await?;
+            let machine: Machine =
+                client.post("/v1/machines", &RunRequest { spec: read_spec(&file)? }).await?;
             output.answer(&machine, |machine| format!("{} is {}", machine.name, machine.state));
         }
         VmVerb::Adopt { qmp, name } => {

@@ -15,7 +15,11 @@ use crate::{
 };
 
 /// Begins a migration and watches it to its end.
-pub(super) async fn migrate(client: &Client, migrate: Box<Migrate>, output: Output) -> Result<ExitCode, Failure> {
+pub(super) async fn migrate(
+    client: &Client,
+    migrate: Box<Migrate>,
+    output: Output,
+) -> Result<ExitCode, Failure> {
     let options = migrate.options();
     let request = MigrateRequest { machine: migrate.machine, to: migrate.to, options };
     let migration: Migration = client.post("/v1/migrations", &request).await?;
@@ -107,7 +111,8 @@ fn finish(output: Output, report: &crate::job::Report) {
 /// A migration by its id, or a machine's newest.
 async fn find(client: &Client, wanted: &str) -> Result<Migration, Failure> {
     let migrations: Vec<Migration> = client.get("/v1/migrations").await?;
-    let found = migrations.into_iter().find(|migration| migration.id == wanted || migration.machine == wanted);
+    let found =
+        migrations.into_iter().find(|migration| migration.id == wanted || migration.machine == wanted);
     found.ok_or_else(|| {
         let message = format!("there is no migration {wanted}, and no machine {wanted} that ever migrated");
         Problem { code: ProblemCode::NotFound, message }.into()

@@ -48,7 +48,10 @@ fn run(arguments: Arguments, output: Output) -> Result<ExitCode, Failure> {
     match arguments.verb {
         Verb::Ca(verb) => identity::authority(verb, output)?,
         Verb::Join(join) => identity::join(&join, output)?,
-        Verb::Agent(start) => agent::main(&start.config, start.check)?,
+        Verb::Agent(start) => {
+            agent::log_to_stderr();
+            agent::main(&start.config, start.check)?;
+        }
         Verb::Analyze(analyze) => analyze::run(&analyze.file, output)?,
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "godwit", &mut std::io::stdout());
@@ -58,6 +61,7 @@ fn run(arguments: Arguments, output: Output) -> Result<ExitCode, Failure> {
         Verb::Worker { directory } => {
             // A session of its own: the worker outlives the agent's terminal.
             let _ = nix::unistd::setsid();
+            agent::log_to_stderr();
             worker::run(directory).map_err(|error| Failure::failed(format!("{error:#}")))?;
         }
         Verb::Vm(verb) => return block_on(machines::run(&client, verb, output)),

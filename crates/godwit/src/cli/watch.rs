@@ -110,7 +110,8 @@ impl View {
 }
 
 fn bar(machine: &str, peer: &str) -> ProgressBar {
-    let template = format!("{machine} · {peer}  {{prefix}}\n{{bar:40}} {{percent:>3}} %  {{elapsed}}  {{wide_msg}}");
+    let template =
+        format!("{machine} · {peer}  {{prefix}}\n{{bar:40}} {{percent:>3}} %  {{elapsed}}  {{wide_msg}}");
     let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
     let bar = ProgressBar::new(1).with_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
     bar.set_prefix(output::phase(Phase::Preparing));
