@@ -119,3 +119,6 @@ fn permitted_name(name: Option<&str>, pid: i32) -> String {
 fn absolute(process: &Process, path: &Path) -> std::path::PathBuf {
     process.working_directory.join(path).components().collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -374,3 +374,72 @@ const fn on_off(on: bool) -> &'static str {
 fn text(path: &Path) -> String {
     path.to_string_lossy().into_owned()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SPEC: &str = r#"
+        name = "web1"
+        machine = "pc-q35-10.0"
+        memory = "512M"
+        net = [{ bridge = "br0", queues = 2 }, { tap = "tap7", model = "e1000", mac = "52:54:00:00:00:07" }]
+        disk = [{ path = "/srv/a,id=x.img" }, { path = "/dev/vg/b", cache = "writethrough", read_only = true }]
+        boot = { kernel = "/srv/vmlinuz", append = "console=ttyS0, quiet" }
+        extra = ["-rtc", "base=utc"]
+    "#;
+
+    fn launch(incoming: bool) -> Launch {
+        Launch {
+            emulator: "/usr/bin/qemu-system-x86_64".into(),
+            accel: Accel::Tcg,
+            directory: MachineDir::new("/run/godwit/web,1"),
+            taps: vec!["gw0".into(), "tap7".into()],
+            incoming,
+        }
+    }
+
+    fn spec() -> Spec {
+        Spec::from_toml(SPEC, "web1.toml").unwrap()
+    }
+
+    #[test]
+    fn values_stay_in_their_option() {
+        let line = build(&spec(), &launch(false)).unwrap();
+        let has = |value: &str| assert!(line.iter().any(|word| word == value), "{value} isn't in {line:#?}");
+        has("unix:/run/godwit/web,,1/qmp.sock,server=on,wait=off");
+        has("backend=socket,id=console,path=/run/godwit/web,,1/console.sock,server=on,wait=off");
+        has("type=tap,id=net0,ifname=gw0,script=no,downscript=no,queues=2");
+        has("driver=e1000,id=net1-card,bus=pcie.0,addr=0x04,netdev=net1,mac=52:54:00:00:00:07");
+        has("driver=raw,node-name=disk0,read-only=off,cache.direct=on,file.driver=file,\
+             file.filename=/srv/a,,id=x.img");
+        has("driver=raw,node-name=disk1,read-only=on,cache.direct=off,file.driver=host_device,\
+             file.filename=/dev/vg/b");
+        has("console=ttyS0, quiet");
+        assert_eq!(line.last().unwrap(), "base=utc");
+    }
+
+    #[test]
+    fn only_the_ends_in_the_host_differ_at_the_target() {
+        let here = build(&spec(), &launch(false)).unwrap();
+        let there = build(&spec(), &Launch { taps: vec!["gw3".into(), "t".into()], ..launch(true) }).unwrap();
+        let incoming = ["-incoming", "defer", "-S"];
+        assert_eq!(there[here.len()..], incoming);
+        let differing = here.iter().zip(&there).filter(|(here, there)| here != there);
+        assert!(differing.into_iter().all(|(_, there)| there.starts_with("type=tap,")));
+    }
+
+    #[test]
+    fn what_cant_be_launched_is_refused() {
+        let refused = |spec: &Spec, launch: &Launch| build(spec, launch).unwrap_err().to_string();
+        let alias = Spec { machine: "q35".into(), ..spec() };
+        assert!(build(&alias, &launch(false)).is_ok());
+        assert!(refused(&alias, &launch(true)).contains("q35 is an alias"));
+        assert!(
+            refused(&spec(), &Launch { accel: Accel::Auto, ..launch(false) }).contains("hasn't been decided")
+        );
+        assert!(refused(&spec(), &Launch { taps: Vec::new(), ..launch(false) }).contains("2 network cards"));
+        let deep = MachineDir::new(format!("/{}", "d".repeat(100)));
+        assert!(refused(&spec(), &Launch { directory: deep, ..launch(false) }).contains("too long"));
+    }
+}

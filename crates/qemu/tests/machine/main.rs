@@ -2,6 +2,8 @@
 //!
 //! They need `qemu-system-x86_64` 10 in `PATH`.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 mod adoption;
 mod described;
 mod monitor;
