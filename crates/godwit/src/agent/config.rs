@@ -182,12 +182,6 @@ impl<'de> Deserialize<'de> for PeerAddress {
 mod tests {
     use super::*;
 
-    /// The host with this name, if it is known.
-    #[must_use]
-    pub(crate) fn peer(&self, name: &str) -> Option<&Peer> {
-        self.peers.iter().find(|(known, _)| known.as_str() == name).map(|(_, peer)| peer)
-    }
-
     fn parse(text: &str) -> Result<Config, String> {
         Config::parse(text, Path::new("agent.toml")).map_err(|error| error.to_string())
     }

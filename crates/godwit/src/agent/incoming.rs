@@ -74,7 +74,9 @@ async fn withdraw(
     if migration.role != Role::Target || migration.peer != peer.as_str() {
         return Err(AgentError::NotFound { what: "migration", name: id });
     }
-    agent.command(&id, &crate::job::Command::Cancel).await?;
+    if migration.report.is_none() {
+        agent.command(&id, &crate::job::Command::Cancel).await?;
+    }
     Ok(Json(Withdrawn { id }))
 }
 

@@ -5,7 +5,7 @@
 //!
 //! | role | completed | else |
 //! |---|---|---|
-//! | source | QEMU is made sure to be gone, TAPs are removed; spec and token record stay, so that `vm run` names the holder | nothing changes |
+//! | source | QEMU is made sure to be gone, TAPs are removed; spec and token record stay, so that `vm run` names the holder | the target is told; nothing changes here |
 //! | target | the machine is this host's | QEMU is killed, TAPs and directory go; a token record stays, so that the epoch is never accepted again |
 //!
 //! An unsettled source keeps its paused QEMU: it may yet be asked to go on.
@@ -274,6 +274,12 @@ impl Agent {
                         running.process.kill();
                     }
                     launch::clear(&machine).await;
+                }
+            }
+            // The workers may have lost each other; the target must not wait for what won't come.
+            (Role::Source, Outcome::Cancelled | Outcome::Failed) => {
+                if let Ok(peer) = self.find_receiver(&job.peer).await {
+                    self.withdraw(&peer, &job.id).await;
                 }
             }
             (Role::Target, outcome) if outcome != Outcome::Completed => self.abandon(&job.spec.name).await,

@@ -63,7 +63,7 @@ impl Agent {
         self.request(peer, Method::POST, INCOMING_PATH, Some(request)).await
     }
 
-    /// Tells a host that an offered machine won't come.
+    /// Tells a host that an offered machine won't come; that it knows already is fine.
     pub(super) async fn withdraw(&self, peer: &PeerAgent, id: &str) {
         let path = format!("{INCOMING_PATH}/{id}");
         let answer: Result<Withdrawn, _> = self.request(peer, Method::DELETE, &path, None::<&()>).await;
