@@ -294,7 +294,7 @@ impl<'a> Control<'a> {
         for (taken, encoded_bytes) in self.threads.account.news() {
             self.pilot.batch_left(taken, encoded_bytes);
         }
-        let stage = StageObservation::of(&self.threads.stage.lock().mover);
+        let stage = StageObservation::of(&self.threads.stage.lock());
         let passes = self.threads.pace.passes();
         let now_ms = self.clock.began.elapsed().as_millis() as u64;
         let course = self.pilot.look(now_ms, passes, &stage, &link);
@@ -406,6 +406,9 @@ impl Control<'_> {
         if self.session_over {
             return Ok(());
         }
+        if matches!(message, handover::Message::OpenHandover { .. }) {
+            self.guest.expect_stop().await?;
+        }
         let (kind, body) = wire::encode(&Message::Handover(message))?;
         // A link that is lost is told by the session itself.
         let _ = self.session.send(Lane::Urgent, kind, body).await;
@@ -492,7 +495,7 @@ impl Control<'_> {
 
     fn fill_in(&mut self) {
         let stats = self.session.stats();
-        let mover = StageObservation::of(&self.threads.stage.lock().mover);
+        let mover = StageObservation::of(&self.threads.stage.lock());
         self.draft.techniques(&self.threads.account.tally());
         let report = &mut self.draft.report;
         report.wire_bytes = stats.wire_bytes;

@@ -8,14 +8,16 @@ use std::{
 };
 
 use godwit_qemu::qmp::{Client, MigrationSettings, MigrationState, QmpError, RunState};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, json};
 
 /// What is switched on; everything else that is on is switched off for the migration.
 const CAPABILITIES: [&str; 3] = ["events", "return-path", "switchover-ack"];
-/// The largest `downtime-limit`: the gate decides when the guest stops, not QEMU's estimate.
-const DOWNTIME_LIMIT_MS: u64 = 2_000_000;
-/// What QEMU is told to have for the switch-over, so that a stream that we didn't read doesn't count as a slow link.
-const SWITCHOVER_BYTES_PER_SECOND: u64 = 1 << 40;
+/// `downtime-limit` and `avail-switchover-bandwidth` while the stop is far: what QEMU thinks it could send in a pause is
+/// less than a page, so that it looks for dirty pages only when it has named all that it knew of. Looking in the middle
+/// of a pass costs the guest more and, under TCG, sooner meets a write half done (docs/qemu-notes.md, "Stream").
+const STOP_IS_FAR: (u64, u64) = (1, 1_000_000);
+/// The same when the stop is near: the most that QEMU takes. The gate decides when the guest stops, not QEMU's estimate.
+const STOP_IS_NEAR: (u64, u64) = (2_000_000, 1 << 40);
 /// How long QEMU may take to connect to its stream, and to settle after a cancel.
 const SETTLE: Duration = Duration::from_secs(10);
 
@@ -85,7 +87,7 @@ impl Guest {
     /// Lets QEMU migrate into a unix socket at `path` and gives the other end of it.
     pub(super) async fn open_stream(&self, path: &Path) -> Result<UnixStream, GuestError> {
         self.monitor.set_migrate_capabilities(&self.wanted_capabilities()).await?;
-        self.monitor.set_migrate_parameters(&self.wanted_parameters()).await?;
+        self.set_parameters(STOP_IS_FAR).await?;
         let listener = UnixListener::bind(path).map_err(GuestError::NoStream)?;
         listener.set_nonblocking(true).map_err(GuestError::NoStream)?;
         self.monitor.migrate(&format!("unix:{}", path.display())).await?;
@@ -101,14 +103,20 @@ impl Guest {
         changed.map(|(name, on)| (name.clone(), !on)).collect()
     }
 
-    fn wanted_parameters(&self) -> Map<String, Value> {
+    /// Lets QEMU stop the guest as soon as it gets the switch-over acknowledgement. QEMU heeds it within 100 ms.
+    pub(super) async fn expect_stop(&self) -> Result<(), GuestError> {
+        self.set_parameters(STOP_IS_NEAR).await
+    }
+
+    async fn set_parameters(&self, (limit_ms, bytes_per_second): (u64, u64)) -> Result<(), GuestError> {
         let wanted = [
             ("max-bandwidth", json!(0)),
-            ("downtime-limit", json!(DOWNTIME_LIMIT_MS)),
-            ("avail-switchover-bandwidth", json!(SWITCHOVER_BYTES_PER_SECOND)),
+            ("downtime-limit", json!(limit_ms)),
+            ("avail-switchover-bandwidth", json!(bytes_per_second)),
         ];
         let known = wanted.into_iter().filter(|(name, _)| self.saved.parameters.contains_key(*name));
-        known.map(|(name, value)| (name.to_owned(), value)).collect()
+        let known: Map<_, _> = known.map(|(name, value)| (name.to_owned(), value)).collect();
+        Ok(self.monitor.set_migrate_parameters(&known).await?)
     }
 
     /// Ends QEMU's migration, whatever state it is in. The guest is left to QEMU: it goes on by itself where QEMU had

@@ -53,6 +53,9 @@ const RECONNECT: Duration = Duration::from_secs(60);
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
 /// Level of zstd for batches: what one core compresses at several times the rate of a 100 Mbit/s link.
 const COMPRESSION_LEVEL: i32 = 3;
+/// How long a page is left alone after QEMU named it where QEMU emulates the processor; see `stage::Embargo`. Several
+/// time slices of a busy host.
+const TCG_EMBARGO: Duration = Duration::from_millis(10);
 /// What the pump and the sender say in all: a handful of things.
 const THREAD_EVENTS: usize = 8;
 
@@ -185,8 +188,9 @@ async fn start_threads(
         Some(memory) => Box::new(Direct::new(memory)),
         None => Box::new(Inline::default()),
     };
-    let stage =
-        Arc::new(SharedStage::new(Mover::new(map.page_count(), mover::Settings::default()), contents));
+    let embargo = if guest.monitor.query_kvm().await? { Duration::ZERO } else { TCG_EMBARGO };
+    let mover = Mover::new(map.page_count(), mover::Settings::default());
+    let stage = Arc::new(SharedStage::new(mover, contents, embargo));
     let stream = guest.open_stream(&super::stream_socket(&job.machine_dir)).await?;
     let return_path = stream.try_clone().map_err(WorkerError::ReturnPath)?;
 

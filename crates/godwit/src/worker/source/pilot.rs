@@ -3,11 +3,12 @@
 //! No clock and no I/O: times and counts come in, a [`Course`] comes out.
 
 use godwit_migration::{
-    mover::{Mover, Taken},
+    mover::Taken,
     predict::{Backlog, Learned, Predictor},
     stop::{Gate, GateSettings, Sample, SmartStop, SmartStopSettings, StopPolicy, Verdict},
 };
 
+use super::stage::Stage;
 use crate::job::{Options, Progress, StopPolicyName};
 
 /// While the pause would be longer than this many targets, passes are rare; below, they are frequent, so that little is
@@ -41,10 +42,10 @@ pub(super) struct StageObservation {
 }
 
 impl StageObservation {
-    pub(super) fn of(mover: &Mover) -> Self {
-        let statistics = mover.statistics();
+    pub(super) fn of(stage: &Stage) -> Self {
+        let (mover, statistics) = (&stage.mover, stage.mover.statistics());
         Self {
-            owed_blocks: mover.owed_blocks(),
+            owed_blocks: mover.owed_blocks() + stage.embargoed(),
             never_sent_blocks: mover.never_sent_blocks(),
             rewritten: statistics.rewritten,
             coalesced: statistics.coalesced,

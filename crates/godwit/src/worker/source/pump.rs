@@ -13,6 +13,7 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
     },
+    time::Instant,
 };
 
 use godwit_content::{BLOCK_BYTES, BlockId};
@@ -188,7 +189,7 @@ impl Pump {
 
     fn split(&mut self, splitter: &mut Splitter, relay: &mut Relay, bytes: &[u8]) -> Result<(), PumpError> {
         let mut stage = self.stage.lock();
-        let mut sink = Sink { relay, pages: &mut self.pages, stage: &mut stage, error: None };
+        let mut sink = Sink { relay, pages: &mut self.pages, stage: &mut stage, now: Instant::now(), error: None };
         let split = splitter.push(bytes, &mut sink);
         let refused = sink.error.take();
         drop(stage);
@@ -258,6 +259,7 @@ struct Sink<'a> {
     relay: &'a mut Relay,
     pages: &'a mut PageNumbers,
     stage: &'a mut Stage,
+    now: Instant,
     error: Option<StageError>,
 }
 
@@ -275,7 +277,7 @@ impl StreamSink for Sink<'_> {
     fn page(&mut self, page: &RamPage<'_>) -> PageRoute {
         self.relay.passes.named(page);
         let Some(id) = self.pages.of(page) else { return PageRoute::Keep };
-        if let Err(error) = self.stage.name(id, &page.content, page.last) {
+        if let Err(error) = self.stage.name(id, &page.content, page.last, self.now) {
             self.error.get_or_insert(error);
         }
         PageRoute::Take

@@ -7,9 +7,9 @@
 //! carries, and makes QEMU wait when that is too much. Nothing else knows which of the two is in use.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     sync::{Condvar, Mutex, MutexGuard},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use godwit_content::{BATCH_BLOCKS, BLOCK_BYTES, BlockId, BlockVersion};
@@ -74,6 +74,7 @@ pub(super) struct Batch {
 pub(super) struct Stage {
     pub(super) mover: Mover,
     contents: Box<dyn Contents>,
+    embargo: Embargo,
     is_complete: bool,
     is_closed: bool,
 }
@@ -85,14 +86,31 @@ impl Stage {
         id: BlockId,
         content: &PageContent<'_>,
         last: bool,
+        now: Instant,
     ) -> Result<(), StageError> {
-        self.mover.owe(id)?;
+        self.embargo.hold(id, now);
         self.contents.named(id, content, last)
+    }
+
+    /// Owes the pages whose embargo is over.
+    pub(super) fn release(&mut self, now: Instant) -> Result<(), StageError> {
+        while let Some(ids) = self.embargo.release(now) {
+            self.mover.owe_many(ids)?;
+        }
+        Ok(())
+    }
+
+    /// Pages that were named and aren't owed yet.
+    pub(super) fn embargoed(&self) -> u64 {
+        self.embargo.held
     }
 
     /// Takes note that the guest is stopped and its last page has been named.
     pub(super) fn complete(&mut self) -> Result<(), StageError> {
         self.contents.complete()?;
+        // The guest is stopped: no write is under way.
+        self.embargo.period = Duration::ZERO;
+        self.release(Instant::now())?;
         self.mover.set_mode(Mode::Final);
         self.is_complete = true;
         Ok(())
@@ -100,7 +118,7 @@ impl Stage {
 
     /// Whether nothing is owed and nothing will be.
     pub(super) fn is_drained(&self) -> bool {
-        self.is_complete && self.mover.owed_blocks() == 0
+        self.is_complete && self.mover.owed_blocks() == 0 && self.embargoed() == 0
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -109,6 +127,7 @@ impl Stage {
 
     /// The next batch with its newest contents; `None` if nothing is to go now.
     pub(super) fn take(&mut self) -> Result<Option<Batch>, StageError> {
+        self.release(Instant::now())?;
         let mut batch = Batch::default();
         // With QEMU waiting for room no pass ends, and what is held back would wait for ever.
         let held_back_go = self.contents.is_full() && !self.is_complete;
@@ -127,6 +146,44 @@ impl Stage {
     }
 }
 
+/// Pages wait here for a moment after they were named, before they are read.
+///
+/// QEMU's emulator (TCG) marks a page dirty *before* it writes. If QEMU looks for dirty pages in between, the mark is
+/// gone when the write comes: the page was named for a write that whoever reads at once doesn't see, and isn't named
+/// again. The write follows the mark within nanoseconds, or, if its thread loses the processor just then, within
+/// a time slice; so a page is read later than that.
+#[derive(Debug)]
+struct Embargo {
+    period: Duration,
+    waiting: VecDeque<(Instant, Vec<BlockId>)>,
+    held: u64,
+}
+
+/// Pages named within this time share a place in the queue.
+const EMBARGO_GRAIN: Duration = Duration::from_millis(1);
+
+impl Embargo {
+    fn new(period: Duration) -> Self {
+        Self { period, waiting: VecDeque::new(), held: 0 }
+    }
+
+    fn hold(&mut self, id: BlockId, now: Instant) {
+        self.held += 1;
+        match self.waiting.back_mut() {
+            Some((since, ids)) if now < *since + EMBARGO_GRAIN => ids.push(id),
+            _ => self.waiting.push_back((now, vec![id])),
+        }
+    }
+
+    fn release(&mut self, now: Instant) -> Option<Vec<BlockId>> {
+        // Those who came last in a place waited for a grain less.
+        let over = self.waiting.front().is_some_and(|(since, _)| now >= *since + EMBARGO_GRAIN + self.period);
+        let (_, ids) = if over || self.period.is_zero() { self.waiting.pop_front()? } else { return None };
+        self.held -= ids.len() as u64;
+        Some(ids)
+    }
+}
+
 /// A stage between two threads.
 pub(super) struct SharedStage {
     stage: Mutex<Stage>,
@@ -134,8 +191,10 @@ pub(super) struct SharedStage {
 }
 
 impl SharedStage {
-    pub(super) fn new(mover: Mover, contents: Box<dyn Contents>) -> Self {
-        let stage = Stage { mover, contents, is_complete: false, is_closed: false };
+    /// A stage that owes nothing; `embargo` is how long a page is left alone after it was named.
+    pub(super) fn new(mover: Mover, contents: Box<dyn Contents>, embargo: Duration) -> Self {
+        let embargo = Embargo::new(embargo);
+        let stage = Stage { mover, contents, embargo, is_complete: false, is_closed: false };
         Self { stage: Mutex::new(stage), changed: Condvar::new() }
     }
 
@@ -150,7 +209,8 @@ impl SharedStage {
 
     /// Waits, a moment at most, for a change.
     pub(super) fn wait<'a>(&self, held: MutexGuard<'a, Stage>) -> MutexGuard<'a, Stage> {
-        let waited = self.changed.wait_timeout(held, WAIT_AT_MOST);
+        let longest = if held.embargoed() > 0 { EMBARGO_GRAIN } else { WAIT_AT_MOST };
+        let waited = self.changed.wait_timeout(held, longest);
         waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0
     }
 

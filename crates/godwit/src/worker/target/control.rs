@@ -33,6 +33,8 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(90);
 /// How long a settled target stays to answer the source.
 const LINGER: Duration = Duration::from_secs(10);
+/// How long saying goodbye to the source may take.
+const GOODBYE: Duration = Duration::from_secs(2);
 /// The guest's announcements after it runs (CloudNet, 6.4.1.4): at once, then spread over half a second.
 const ANNOUNCE_ROUNDS: u32 = 5;
 const ANNOUNCE_STEP: Duration = Duration::from_millis(50);
@@ -127,6 +129,8 @@ impl<'a> Control<'a> {
             let actions = self.apply(happened);
             self.carry_out(actions).await?;
         }
+        // The source waits for the acknowledgement of its last word.
+        let _ = tokio::time::timeout(GOODBYE, self.parts.session.close()).await;
         self.journal.say(Happening::Phase { phase: Phase::Done });
         Ok(())
     }
