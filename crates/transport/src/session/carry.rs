@@ -1,13 +1,13 @@
 //! Moves frames between the core and one set of connections, until the first of them fails.
 
-use std::{io, sync::Arc};
+use std::{convert::Infallible, io, sync::Arc};
 
 use bytes::Buf;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf, split},
     net::TcpStream,
     task::JoinSet,
-    time::timeout_at,
+    time::{timeout, timeout_at},
 };
 use tokio_rustls::TlsStream;
 
@@ -29,30 +29,47 @@ pub(super) enum Fault {
     Violation(#[from] Violation),
 }
 
-/// Carries frames until a connection fails; all of them are closed when this returns or is dropped.
-pub(super) async fn carry(shared: &Arc<Shared>, connections: Connections) -> Fault {
+/// The tasks that read and write one set of connections; each ends with a fault.
+pub(super) type Carriers = JoinSet<Result<Infallible, Fault>>;
+
+/// Starts to carry frames.
+pub(super) fn carriers(shared: &Arc<Shared>, connections: Connections) -> Carriers {
     let mut tasks = JoinSet::new();
     for (role, stream) in connections.streams {
         let (reader, writer) = split(stream);
         tasks.spawn(read_frames(shared.clone(), role, reader));
         tasks.spawn(write_frames(shared.clone(), role, writer));
     }
-    match tasks.join_next().await {
+    tasks
+}
+
+/// Waits until a connection fails.
+pub(super) async fn first_fault(carriers: &mut Carriers) -> Fault {
+    match carriers.join_next().await {
         Some(Ok(Err(fault))) => fault,
-        // Neither loop ends but by a fault, and there is always a connection; what remains is a panic.
+        // There is always a connection, so that what remains is a panic.
         _ => LinkError::Stopped.into(),
     }
 }
 
-async fn read_frames(shared: Arc<Shared>, role: Role, mut reader: ReadHalf<Stream>) -> Result<(), Fault> {
+async fn read_frames(
+    shared: Arc<Shared>,
+    role: Role,
+    mut reader: ReadHalf<Stream>,
+) -> Result<Infallible, Fault> {
     let mut decoder = Decoder::default();
     let mut frames = Vec::new();
     loop {
-        let buffer = decoder.buffer();
-        match reader.read_buf(buffer).await {
-            Ok(0) => return Err(LinkError::reading(role, io::ErrorKind::UnexpectedEof.into()).into()),
-            Ok(_) => {}
-            Err(error) => return Err(LinkError::reading(role, error).into()),
+        let reading = reader.read_buf(decoder.buffer());
+        let read = match role {
+            // The other lane may rest; on this one the peer is heard every second.
+            Role::Urgent => timeout(shared.silence(), reading)
+                .await
+                .map_err(|_| LinkError::Silent { silence: shared.silence() })?,
+            Role::Bulk { .. } => reading.await,
+        };
+        if read.map_err(|error| LinkError::reading(role, error))? == 0 {
+            return Err(LinkError::reading(role, io::ErrorKind::UnexpectedEof.into()).into());
         }
         while let Some(frame) = decoder.next_frame().map_err(Violation::from)? {
             frames.push(frame);
@@ -64,7 +81,11 @@ async fn read_frames(shared: Arc<Shared>, role: Role, mut reader: ReadHalf<Strea
     }
 }
 
-async fn write_frames(shared: Arc<Shared>, role: Role, mut writer: WriteHalf<Stream>) -> Result<(), Fault> {
+async fn write_frames(
+    shared: Arc<Shared>,
+    role: Role,
+    mut writer: WriteHalf<Stream>,
+) -> Result<Infallible, Fault> {
     let failed = |error| LinkError::writing(role, error);
     loop {
         let (transmit, changed) = shared.poll_transmit(role);

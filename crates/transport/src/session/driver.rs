@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use super::{
     SessionError,
-    carry::{Fault, carry},
+    carry::{Fault, carriers, first_fault},
     link::{Connections, Dialer, Door, LinkError, Offer},
     shared::Shared,
 };
@@ -36,6 +36,7 @@ enum Stop {
 
 /// Runs a session until it ends.
 pub(super) async fn drive(shared: Arc<Shared>, mut side: Side, mut connections: Connections) {
+    let _ending = EndOnDrop(shared.clone());
     let reason = loop {
         if let Err(violation) = shared.resume(connections.peer_expects) {
             break SessionError::Violation { peer: shared.peer().clone(), violation };
@@ -54,12 +55,25 @@ pub(super) async fn drive(shared: Arc<Shared>, mut side: Side, mut connections: 
     shared.end(reason);
 }
 
+/// Wakes whoever waits for the session when its runtime goes away.
+struct EndOnDrop(Arc<Shared>);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.0.end(SessionError::Closed);
+    }
+}
+
 async fn carry_until_stopped(shared: &Arc<Shared>, side: &mut Side, connections: Connections) -> Stop {
-    tokio::select! {
-        fault = carry(shared, connections) => Stop::Fault(fault),
+    let mut carriers = carriers(shared, connections);
+    let stop = tokio::select! {
+        fault = first_fault(&mut carriers) => Stop::Fault(fault),
         () = shared.ended() => Stop::Ended,
         offer = newer_offer(side) => Stop::Superseded(Box::new(offer)),
-    }
+    };
+    // No old connection may take a frame, or deliver one, once the next set is negotiated.
+    carriers.shutdown().await;
+    stop
 }
 
 async fn newer_offer(side: &mut Side) -> Offer {

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
 
 use rustls::ServerConfig;
 use rustls_pki_types::ServerName;
-use socket2::{SockRef, TcpKeepalive};
+use socket2::SockRef;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
@@ -15,7 +15,7 @@ use tokio::{
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
 
 use super::{
-    AcceptConfig, ConnectConfig, SessionError, Timeouts,
+    AcceptConfig, ConnectConfig, SessionError,
     core::Role,
     frame::NextExpected,
     hello::{HELLO_BYTES, Hello, HelloError, MAX_BULK_CONNECTIONS, Refusal, SessionId, VERSIONS, Verdict},
@@ -35,8 +35,6 @@ const MAX_HANDSHAKES: usize = 16;
 const MIN_REDIAL_PAUSE: Duration = Duration::from_millis(50);
 /// The longest.
 const MAX_REDIAL_PAUSE: Duration = Duration::from_secs(1);
-/// An idle connection is probed so many times before it is given up.
-const KEEPALIVE_PROBES: u32 = 4;
 
 /// What broke a connection, or kept it from being made.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -56,6 +54,12 @@ pub enum LinkError {
     Slow {
         /// The time they had.
         within: Duration,
+    },
+    /// Nothing was heard of the peer.
+    #[error("nothing was heard for {} ms", silence.as_millis())]
+    Silent {
+        /// How long.
+        silence: Duration,
     },
     /// The peer's hello made no sense.
     #[error(transparent)]
@@ -197,7 +201,7 @@ async fn dial_one(
     let role = offer.role;
     let made = async {
         let stream = TcpStream::connect(config.address).await?;
-        prepare(&stream, &config.timeouts)?;
+        prepare(&stream)?;
         let mut stream = connector.connect(server_name, stream).await?;
         write_hello(&mut stream, &offer).await?;
         let answer = read_hello_bytes(&mut stream).await?;
@@ -385,7 +389,7 @@ async fn shake_hands(
 ) -> Result<Offer, LinkError> {
     let within = config.timeouts.connect;
     let shaken = async {
-        prepare(&stream, &config.timeouts)?;
+        prepare(&stream)?;
         let mut stream = acceptor.accept(stream).await?;
         let hello = read_hello_bytes(&mut stream).await?;
         Ok((stream, hello))
@@ -450,17 +454,14 @@ fn new_session_id(config: &rustls::ClientConfig) -> Result<SessionId, SessionErr
     Ok(SessionId(id))
 }
 
-/// Small frames leave at once, little waits unsent, and a silent peer is noticed.
-fn prepare(stream: &TcpStream, timeouts: &Timeouts) -> io::Result<()> {
+/// Small frames leave at once, and little waits unsent.
+///
+/// No TCP_USER_TIMEOUT: it would also end a connection whose reader rests. The urgent lane's heartbeat notices a
+/// silent peer.
+fn prepare(stream: &TcpStream) -> io::Result<()> {
     let socket = SockRef::from(stream);
     socket.set_tcp_nodelay(true)?;
-    socket.set_tcp_notsent_lowat(NOT_SENT_LOW_WATER_BYTES)?;
-    // Whole seconds are what the kernel takes for probes.
-    let probe_every = (timeouts.silence / (KEEPALIVE_PROBES + 1)).max(Duration::from_secs(1));
-    let keepalive =
-        TcpKeepalive::new().with_time(probe_every).with_interval(probe_every).with_retries(KEEPALIVE_PROBES);
-    socket.set_tcp_keepalive(&keepalive)?;
-    socket.set_tcp_user_timeout(Some(timeouts.silence))
+    socket.set_tcp_notsent_lowat(NOT_SENT_LOW_WATER_BYTES)
 }
 
 async fn write_hello(stream: &mut (impl AsyncWriteExt + Unpin), hello: &Hello) -> io::Result<()> {

@@ -49,7 +49,7 @@ pub struct Timeouts {
     pub connect: Duration,
     /// For a lost session to be up again. Zero: a lost connection ends the session.
     pub reconnect: Duration,
-    /// For a peer from which nothing is heard: data that isn't acknowledged by its TCP, or probes of an idle link.
+    /// For a peer from which nothing is heard; it says something every second, however slow its application is.
     pub silence: Duration,
 }
 
@@ -184,7 +184,7 @@ impl Session {
     /// # Errors
     /// Where the peer can't be reached, isn't who it should be, or refuses.
     pub async fn connect(config: ConnectConfig) -> Result<Self, SessionError> {
-        let shared = Arc::new(Shared::new(config.peer.clone(), config.limits.clone()));
+        let shared = Shared::new(config.peer.clone(), config.limits.clone(), config.timeouts.silence);
         let mut dialer = link::Dialer::new(config)?;
         let connections = dialer.dial(&shared).await?;
         Ok(Self::start(shared, Side::Source(dialer), connections))
@@ -200,7 +200,7 @@ impl Session {
         config: AcceptConfig,
         streams: mpsc::Receiver<TcpStream>,
     ) -> Result<Self, SessionError> {
-        let shared = Arc::new(Shared::new(config.peer.clone(), config.limits.clone()));
+        let shared = Shared::new(config.peer.clone(), config.limits.clone(), config.timeouts.silence);
         let mut door = link::Door::new(config, streams)?;
         let connections = door.gather(&shared, None).await?;
         Ok(Self::start(shared, Side::Target(door), connections))

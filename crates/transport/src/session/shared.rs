@@ -4,8 +4,8 @@
 //! between looking and awaiting is so never missed.
 
 use std::{
-    sync::{Mutex, MutexGuard, PoisonError},
-    time::Instant,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -21,6 +21,7 @@ use crate::identity::HostName;
 #[derive(Debug)]
 pub(super) struct Shared {
     peer: HostName,
+    silence: Duration,
     state: Mutex<State>,
     /// Per lane: a frame may be waiting for a connection.
     submitted: [Notify; 2],
@@ -40,20 +41,26 @@ pub(super) struct State {
 }
 
 impl Shared {
-    pub(super) fn new(peer: HostName, limits: Limits) -> Self {
-        Self {
+    pub(super) fn new(peer: HostName, limits: Limits, silence: Duration) -> Arc<Self> {
+        Arc::new(Self {
             peer,
+            silence,
             state: Mutex::new(State { core: Core::new(limits, Instant::now()), end: None }),
             submitted: Default::default(),
             arrived: Default::default(),
             taken: Notify::new(),
             acknowledged: Notify::new(),
             ended: Notify::new(),
-        }
+        })
     }
 
     pub(super) fn peer(&self) -> &HostName {
         &self.peer
+    }
+
+    /// How long nothing may be heard on the urgent connection.
+    pub(super) fn silence(&self) -> Duration {
+        self.silence
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {

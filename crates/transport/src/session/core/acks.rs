@@ -1,24 +1,32 @@
-//! When to acknowledge: at once after a pause, then every few milliseconds or every 64 KiB.
+//! When to acknowledge: at once after a pause, then every few milliseconds or every 64 KiB; and now and then though
+//! there is nothing new, so that the peer knows that we are there.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::path::ACK_DELAY;
 
 /// So much is never left unacknowledged.
 const ACK_EVERY_BYTES: usize = 64 * 1024;
 
-#[derive(Debug, Default)]
+/// A side that has nothing to say says so this often.
+pub(super) const HEARTBEAT: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
 pub(super) struct Acks {
     unacknowledged_bytes: usize,
-    last_at: Option<Instant>,
+    last_at: Instant,
     due_at: Option<Instant>,
 }
 
 impl Acks {
+    pub(super) fn new(now: Instant) -> Self {
+        Self { unacknowledged_bytes: 0, last_at: now, due_at: None }
+    }
+
     /// Something arrived that the peer waits to hear of. Returns whether an acknowledgement is due sooner than before.
     pub(super) fn received(&mut self, bytes: usize, urgent: bool, now: Instant) -> bool {
         self.unacknowledged_bytes += bytes;
-        let paced = self.last_at.map_or(now, |last_at| now.max(last_at + ACK_DELAY));
+        let paced = now.max(self.last_at + ACK_DELAY);
         let at_once = urgent || self.unacknowledged_bytes >= ACK_EVERY_BYTES;
         let due_at = if at_once { now } else { paced };
         let sooner = self.due_at.is_none_or(|earlier| due_at < earlier && earlier > now);
@@ -28,13 +36,13 @@ impl Acks {
         sooner
     }
 
-    /// When an acknowledgement has to leave, if anything is to be acknowledged.
-    pub(super) fn due_at(&self) -> Option<Instant> {
-        self.due_at
+    /// When an acknowledgement has to leave.
+    pub(super) fn due_at(&self) -> Instant {
+        self.due_at.unwrap_or(self.last_at + HEARTBEAT)
     }
 
     /// A frame left that carries the newest acknowledgements.
     pub(super) fn sent(&mut self, now: Instant) {
-        *self = Self { unacknowledged_bytes: 0, last_at: Some(now), due_at: None };
+        *self = Self::new(now);
     }
 }

@@ -221,7 +221,7 @@ impl Core {
             inbound: Lane::ALL.map(Inbound::new),
             path: Path::new(limits.window_bytes, now),
             bucket: Bucket::new(limits.bandwidth_bytes_per_second, now),
-            acks: Acks::default(),
+            acks: Acks::new(now),
             closing: false,
             attached: false,
             stats: Stats::default(),
@@ -337,7 +337,7 @@ impl Core {
         }
         // Another path may have other properties.
         self.path = Path::new(self.limits.window_bytes, now);
-        self.acks = Acks::default();
+        self.acks = Acks::new(now);
         self.attached = true;
         Ok(())
     }
@@ -375,11 +375,8 @@ impl Core {
         if let Some(frame) = self.transmit(Lane::Urgent, now) {
             return Transmit::Frame(frame);
         }
-        match self.acks.due_at() {
-            None => Transmit::Idle,
-            Some(due_at) if due_at > now => Transmit::Wait(due_at),
-            Some(_) => Transmit::Frame(self.acknowledgement(now)),
-        }
+        let due_at = self.acks.due_at();
+        if due_at > now { Transmit::Wait(due_at) } else { Transmit::Frame(self.acknowledgement(now)) }
     }
 
     fn poll_bulk(&mut self, now: Instant) -> Transmit {
