@@ -1,6 +1,9 @@
 //! One busy guest, one link, and whoever wants to move it: godwit, and QEMU alone in three ways.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use godwit_sim::{guest_image::GuestImage, lab::Lab, link::Shape};
@@ -38,6 +41,8 @@ struct Stage<'a> {
     lab: &'a Lab,
     image: &'a GuestImage,
     workload: &'a str,
+    /// The program.
+    godwit: &'a Path,
 }
 
 type Contender = (&'static str, fn(&Stage) -> Result<Outcome>);
@@ -56,15 +61,16 @@ const CONTENDERS: [Contender; 4] = [
 pub(crate) fn run(request: &Request) -> Result<()> {
     setup::run()?;
     let image = GuestImage::ensure()?;
+    let wanted = |name: &str| request.only.is_empty() || request.only.iter().any(|only| only == name);
+    let godwit = if wanted(godwit::NAME) { godwit::build()? } else { PathBuf::new() };
     let round_trip = Duration::from_millis(request.round_trip);
     let lab = Lab::new(Shape::symmetric(request.rate, round_trip))?;
-    let stage = Stage { lab: &lab, image: &image, workload: &request.workload };
+    let stage = Stage { lab: &lab, image: &image, workload: &request.workload, godwit: &godwit };
     println!(
         "a {GUEST_MEMORY_MB} MB guest ({}), over {} Mbit/s with a round trip of {} ms",
         request.workload, request.rate, request.round_trip
     );
     let mut outcomes = Vec::new();
-    let wanted = |name: &str| request.only.is_empty() || request.only.iter().any(|only| only == name);
     for (name, contend) in CONTENDERS.into_iter().filter(|(name, _)| wanted(name)) {
         println!("\n{name}");
         outcomes.push(contend(&stage).with_context(|| format!("{name} failed"))?);
