@@ -39,6 +39,8 @@ use crate::{
 const TICK: Duration = Duration::from_millis(10);
 /// How often progress is told.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(250);
+/// How long the guest has to be ahead of the link before the operator hears of it.
+const STALL: Duration = Duration::from_secs(5);
 /// How long a step of the hand-over may go without any sign of life.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -102,7 +104,18 @@ struct Clock {
     last_progress: Instant,
     last_sign_of_life: Instant,
     acked_bytes: u64,
+    stalled_since: Option<Instant>,
     warned_of_stall: bool,
+}
+
+impl Clock {
+    /// Whether the guest has been ahead of the link for long enough to be worth a word, the first time.
+    fn stall_is_news(&mut self) -> bool {
+        let since = *self.stalled_since.get_or_insert_with(Instant::now);
+        let is_news = !self.warned_of_stall && since.elapsed() >= STALL;
+        self.warned_of_stall |= is_news;
+        is_news
+    }
 }
 
 /// The stop and what has to be complete before the token may leave.
@@ -140,6 +153,7 @@ impl<'a> Control<'a> {
             last_progress: now,
             last_sign_of_life: now,
             acked_bytes: 0,
+            stalled_since: None,
             warned_of_stall: false,
         };
         Self {
@@ -263,7 +277,9 @@ impl<'a> Control<'a> {
 
     /// The guest doesn't run any more; QEMU says so only of one that ran.
     fn guest_stopped(&mut self, stopped_unix_us: Option<u64>) -> Vec<Action> {
-        let Some(run_state) = self.stop.guest_did else { return vec![] };
+        let Some(run_state) = self.stop.guest_did else {
+            return self.abort("QEMU stopped the guest before it was let".into());
+        };
         if self.stop.stopped_at.is_none() {
             self.stop.stopped_at = Some(Instant::now());
             self.stop.stopped_unix_us = stopped_unix_us;
@@ -314,13 +330,13 @@ impl<'a> Control<'a> {
     fn heed(&mut self, verdict: Verdict, may_be_near: bool) -> Vec<Action> {
         match verdict {
             Verdict::Stop { .. } => self.stop.is_wanted = true,
-            Verdict::Stalled { predicted_pause_ms } if !self.clock.warned_of_stall => {
-                self.clock.warned_of_stall = true;
+            Verdict::Stalled { predicted_pause_ms } if self.clock.stall_is_news() => {
                 self.journal.warn(format!(
                     "the guest writes faster than the link carries; stopping it now would take {predicted_pause_ms:.0} ms"
                 ));
             }
-            Verdict::Stalled { .. } | Verdict::Continue => {}
+            Verdict::Stalled { .. } => {}
+            Verdict::Continue => self.clock.stalled_since = None,
         }
         if self.stop.is_wanted && self.handover.is_ready() {
             return self.handover.apply(SourceEvent::Decided);
@@ -406,9 +422,6 @@ impl Control<'_> {
         if self.session_over {
             return Ok(());
         }
-        if matches!(message, handover::Message::OpenHandover { .. }) {
-            self.guest.expect_stop().await?;
-        }
         let (kind, body) = wire::encode(&Message::Handover(message))?;
         // A link that is lost is told by the session itself.
         let _ = self.session.send(Lane::Urgent, kind, body).await;
@@ -420,6 +433,7 @@ impl Control<'_> {
         self.stop.gate_opened = Some(Instant::now());
         self.answer(&return_path::Message::SwitchoverAck)?;
         self.threads.pace.free();
+        self.guest.allow_stop().await?;
         self.journal.say(Happening::Phase { phase: Phase::Switchover });
         Ok(())
     }
@@ -517,6 +531,7 @@ impl Control<'_> {
         }
         if let Some(stopped_at) = self.stop.stopped_at {
             let travel_ms = report.round_trip_ms.unwrap_or_default() / 2.0;
+            report.pages_verified = self.threads.verify.as_ref().map(ProcessMemory::pages);
             report.downtime_source_ms = Some(stopped_at.elapsed().as_secs_f64() * 1e3 - travel_ms);
         }
     }

@@ -13,11 +13,11 @@ use serde_json::{Map, json};
 /// What is switched on; everything else that is on is switched off for the migration.
 const CAPABILITIES: [&str; 3] = ["events", "return-path", "switchover-ack"];
 /// `downtime-limit` and `avail-switchover-bandwidth` while the stop is far: what QEMU thinks it could send in a pause is
-/// less than a page, so that it looks for dirty pages only when it has named all that it knew of. Looking in the middle
-/// of a pass costs the guest more and, under TCG, sooner meets a write half done (docs/qemu-notes.md, "Stream").
+/// less than a page, so that it looks for dirty pages only when it has named all that it knew of. Under TCG, QEMU loses
+/// pages for good where it looks before that (docs/qemu-notes.md, "Dirty pages that QEMU loses").
 const STOP_IS_FAR: (u64, u64) = (1, 1_000_000);
-/// The same when the stop is near: the most that QEMU takes. The gate decides when the guest stops, not QEMU's estimate.
-const STOP_IS_NEAR: (u64, u64) = (2_000_000, 1 << 40);
+/// The same once the gate is open: the most that QEMU takes.
+const STOP_IS_NOW: (u64, u64) = (2_000_000, 1 << 40);
 /// How long QEMU may take to connect to its stream, and to settle after a cancel.
 const SETTLE: Duration = Duration::from_secs(10);
 
@@ -103,9 +103,10 @@ impl Guest {
         changed.map(|(name, on)| (name.clone(), !on)).collect()
     }
 
-    /// Lets QEMU stop the guest as soon as it gets the switch-over acknowledgement. QEMU heeds it within 100 ms.
-    pub(super) async fn expect_stop(&self) -> Result<(), GuestError> {
-        self.set_parameters(STOP_IS_NEAR).await
+    /// Lets QEMU stop the guest whatever it thinks is still owed; it does so within 100 ms. Only after it has had the
+    /// switch-over acknowledgement: see [`STOP_IS_FAR`].
+    pub(super) async fn allow_stop(&self) -> Result<(), GuestError> {
+        self.set_parameters(STOP_IS_NOW).await
     }
 
     async fn set_parameters(&self, (limit_ms, bytes_per_second): (u64, u64)) -> Result<(), GuestError> {

@@ -189,7 +189,8 @@ impl Pump {
 
     fn split(&mut self, splitter: &mut Splitter, relay: &mut Relay, bytes: &[u8]) -> Result<(), PumpError> {
         let mut stage = self.stage.lock();
-        let mut sink = Sink { relay, pages: &mut self.pages, stage: &mut stage, now: Instant::now(), error: None };
+        let mut sink =
+            Sink { relay, pages: &mut self.pages, stage: &mut stage, now: Instant::now(), error: None };
         let split = splitter.push(bytes, &mut sink);
         let refused = sink.error.take();
         drop(stage);
