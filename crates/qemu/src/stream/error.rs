@@ -36,7 +36,8 @@ pub enum StreamProblem {
     PageBits(u32),
     /// A command that changes how the stream goes on, such as those of post-copy.
     #[error(
-        "command {name} ({kind}) before RAM was complete; switch the capability postcopy-ram or x-colo off"
+        "command {name} ({kind}) before RAM was complete; \
+         switch the capabilities postcopy-ram, dirty-bitmaps and x-colo off"
     )]
     Command {
         /// Its number.
@@ -52,10 +53,11 @@ pub enum StreamProblem {
         /// Its announced length.
         bytes: u16,
     },
-    /// A device that writes its own sections while the guest runs; where they end only that device knows.
+    /// A section of a device before the end of RAM (virtio-mem, VFIO, dirty bitmaps); where it ends only the device
+    /// knows.
     #[error(
         "section \"{0}\" comes before RAM is complete and can't be delimited; \
-         unplug that device or, for block-dirty-bitmap, switch the capability dirty-bitmaps off"
+         unplug that device, or switch the capabilities dirty-bitmaps and background-snapshot off"
     )]
     ForeignSection(String),
     /// A PART or END of a section that never started.

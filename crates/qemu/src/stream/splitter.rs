@@ -482,9 +482,9 @@ fn disruptive_command(kind: u16) -> Option<&'static str> {
         4 => Some("POSTCOPY_LISTEN"),
         5 => Some("POSTCOPY_RUN"),
         6 => Some("POSTCOPY_RAM_DISCARD"),
-        7 => Some("POSTCOPY_RESUME"),
-        8 => Some("PACKAGED"),
-        9 => Some("ENABLE_COLO"),
+        7 => Some("PACKAGED"),
+        8 => Some("ENABLE_COLO"),
+        9 => Some("POSTCOPY_RESUME"),
         10 => Some("RECV_BITMAP"),
         _ => Some("unknown"),
     }
