@@ -113,15 +113,4 @@ impl Record {
             | RecordState::Refused { peer } => Permission::Denied { holder: peer },
         }
     }
-
-    /// Whether the machine came here, or was here, with this record's hand-over or before it.
-    pub(super) fn had_the_machine(&self) -> bool {
-        match self.state {
-            RecordState::Owner
-            | RecordState::Mine { .. }
-            | RecordState::Offered { .. }
-            | RecordState::GivenAway { .. } => true,
-            RecordState::Awaited { .. } | RecordState::Taking { .. } | RecordState::Refused { .. } => false,
-        }
-    }
 }

@@ -248,30 +248,29 @@ impl Source {
         }
     }
 
-    /// The machine stays here. Legal before the token left, and after the target refused it.
+    /// The machine stays here. Legal before the token left, and after the target refused it. The record says so last:
+    /// a restart in the middle goes this way again.
     fn take_back(&mut self, reason: String) -> Vec<Action> {
         let before = std::mem::replace(&mut self.state, State::Settled { taken_back: true });
         let mut actions = Vec::new();
-        if before != State::Preparing {
-            let record = Record { epoch: self.epoch, state: RecordState::Owner };
-            actions.push(Action::Persist { record, sync: Sync::Behind });
-        }
-        if self.qemu_is_dead {
-            actions.extend([self.cancel(reason.clone()), Action::Report(Outcome::Died { reason })]);
-            return actions;
-        }
         if !matches!(before, State::Given { .. }) {
-            actions.push(Action::AbortMigration);
+            actions.extend([Action::AbortMigration, self.cancel(reason.clone())]);
         }
         if let State::Flushing { run_state } | State::Given { run_state, .. } = before
             && run_state.is_live()
         {
             actions.push(Action::ContinueGuest);
         }
-        if !matches!(before, State::Given { .. }) {
-            actions.push(self.cancel(reason.clone()));
+        if before != State::Preparing {
+            let record = Record { epoch: self.epoch, state: RecordState::Owner };
+            actions.push(Action::Persist { record, sync: Sync::Behind });
         }
-        actions.push(Action::Report(Outcome::TakenBack { reason }));
+        if !self.qemu_is_dead {
+            actions.push(Action::Report(Outcome::TakenBack { reason }));
+            return actions;
+        }
+        actions.retain(|action| !matches!(action, Action::AbortMigration | Action::ContinueGuest));
+        actions.push(Action::Report(Outcome::Died { reason }));
         actions
     }
 

@@ -37,7 +37,7 @@ pub enum TargetEvent {
         /// Since when, microseconds since the Unix epoch.
         resumed_unix_us: Option<u64>,
     },
-    /// `cont` was refused, and the guest has not run for an instant.
+    /// `cont` was refused, or QEMU was gone before it was said: the guest has not run for an instant.
     ContFailed {
         /// One line.
         reason: String,
@@ -89,7 +89,13 @@ impl Target {
     /// A target that is ready for a machine from `peer`; `record` is what this host has about the machine, if it has.
     pub fn new(record: Option<Record>, peer: impl Into<String>) -> Self {
         let epoch = record.as_ref().map_or(Epoch::default(), |record| record.epoch);
-        Self { peer: peer.into(), before: record, epoch, state: State::Idle }
+        let state = match &record {
+            Some(Record { state: RecordState::Owner | RecordState::Offered { .. }, .. }) => {
+                State::Taken { resumed_unix_us: None }
+            }
+            _ => State::Idle,
+        };
+        Self { peer: peer.into(), before: record, epoch, state }
     }
 
     /// Goes on after a crash of the worker, or of the host if `rebooted`, from the record and what QEMU does.
@@ -117,7 +123,7 @@ impl Target {
             },
             Some(RecordState::Refused { .. }) => {
                 target.state = State::Refused;
-                vec![Action::KillQemu, target.say_refused("refused before the restart".into())]
+                vec![Action::KillQemu, target.say_refused(target.epoch, "refused before the restart".into())]
             }
             Some(RecordState::Owner | RecordState::Offered { .. } | RecordState::GivenAway { .. }) | None => {
                 vec![]
@@ -205,23 +211,18 @@ impl Target {
         let taken = |resumed_unix_us| vec![Action::Send(Message::Taken { epoch, resumed_unix_us })];
         match self.state {
             State::Taken { resumed_unix_us } if epoch <= self.epoch => taken(resumed_unix_us),
-            State::Refused if epoch == self.epoch => vec![self.say_refused("it was refused".into())],
+            // A machine of this name lives here; its record is not to be touched.
+            State::Taken { .. } => vec![self.say_refused(epoch, "the machine is here already".into())],
+            State::Refused if epoch == self.epoch => vec![self.say_refused(epoch, "it was refused".into())],
             State::Awaiting if epoch == self.epoch => self.refuse("the token didn't arrive".into()),
-            State::Idle if epoch <= self.epoch && self.had_the_machine() => taken(None),
-            State::Idle | State::Refused if epoch > self.epoch => self.refuse_unheard(epoch),
+            State::Idle if epoch <= self.epoch && self.gave_away() => taken(None),
+            // An attempt that this side never heard of, refused lest it come true later.
+            State::Idle | State::Refused if epoch > self.epoch => {
+                self.epoch = epoch;
+                self.refuse("the target doesn't know this hand-over".into())
+            }
             _ => vec![],
         }
-    }
-
-    /// Refuses an attempt that this side never heard of, so that it can't come true later.
-    fn refuse_unheard(&mut self, epoch: Epoch) -> Vec<Action> {
-        let reason = "the target doesn't know this hand-over";
-        if self.state == State::Idle && self.had_the_machine() && !self.may_accept() {
-            // A machine of this name lives here already; its record is not to be touched.
-            return vec![Action::Send(Message::Refused { epoch, reason: reason.into() })];
-        }
-        self.epoch = epoch;
-        self.refuse(reason.into())
     }
 
     fn token_received(&mut self, epoch: Epoch, start: bool) -> Vec<Action> {
@@ -266,8 +267,8 @@ impl Target {
         }
         self.state = State::Taken { resumed_unix_us };
         vec![
-            Action::Send(Message::Taken { epoch: self.epoch, resumed_unix_us }),
             self.persist(RecordState::Owner, Sync::Behind),
+            Action::Send(Message::Taken { epoch: self.epoch, resumed_unix_us }),
             Action::Report(Outcome::Taken),
         ]
     }
@@ -300,17 +301,18 @@ impl Target {
         vec![
             self.persist(RecordState::Refused { peer: self.peer.clone() }, Sync::Before),
             Action::KillQemu,
-            self.say_refused(reason.clone()),
+            self.say_refused(self.epoch, reason.clone()),
             Action::Report(Outcome::Refused { reason }),
         ]
     }
 
-    fn say_refused(&self, reason: String) -> Action {
-        Action::Send(Message::Refused { epoch: self.epoch, reason })
+    fn say_refused(&self, epoch: Epoch, reason: String) -> Action {
+        Action::Send(Message::Refused { epoch, reason })
     }
 
-    fn had_the_machine(&self) -> bool {
-        self.before.as_ref().is_some_and(Record::had_the_machine)
+    /// The machine was here, and went on.
+    fn gave_away(&self) -> bool {
+        matches!(&self.before, Some(Record { state: RecordState::GivenAway { .. }, .. }))
     }
 
     fn persist(&self, state: RecordState, sync: Sync) -> Action {
