@@ -30,6 +30,8 @@ pub(crate) enum ProblemCode {
     NotFound,
     /// It was tried and failed.
     Failed,
+    /// No agent answers; said by the command line only.
+    Unreachable,
 }
 
 /// How the agent is.

@@ -122,6 +122,7 @@ impl IntoResponse for Problem {
             ProblemCode::Refused => StatusCode::CONFLICT,
             ProblemCode::NotFound => StatusCode::NOT_FOUND,
             ProblemCode::Failed => StatusCode::INTERNAL_SERVER_ERROR,
+            ProblemCode::Unreachable => StatusCode::SERVICE_UNAVAILABLE,
         };
         (status, Json(self)).into_response()
     }

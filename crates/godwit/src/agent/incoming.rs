@@ -15,7 +15,10 @@ use axum::{
 use godwit_migration::handover::Epoch;
 use godwit_qemu::{commandline::localise, machine::Spec};
 use godwit_transport::identity::HostName;
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    time::{sleep, timeout},
+};
 
 use super::{
     Agent, accelerator,
@@ -25,20 +28,22 @@ use super::{
     machines::{Claim, running},
     migrations::{News, doing, is_id},
     outgoing::check_options,
-    ownership::{self, Holder},
+    ownership::{self, Holder, Ownership},
     peers::INCOMING_PATH,
     state::{MachineDir, Running},
     workers,
 };
 use crate::{
     api::{IncomingReady, IncomingRequest, Withdrawn},
-    job::{Job, Role},
+    job::{Command, Job, Role},
 };
 
 /// What QEMU and a worker need beside the guest's memory.
 const OVERHEAD_BYTES: u64 = 128 << 20;
 /// How long the worker may take to take connections.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the worker of a withdrawn migration may take to end.
+const WITHDRAWN_TIMEOUT: Duration = Duration::from_secs(15);
 /// A request is a machine's spec and a few numbers.
 const REQUEST_BYTES_MAX: usize = 1 << 20;
 
@@ -75,9 +80,24 @@ async fn withdraw(
         return Err(AgentError::NotFound { what: "migration", name: id });
     }
     if migration.report.is_none() {
-        agent.command(&id, &crate::job::Command::Cancel).await?;
+        // Whether the worker hears it or not, it must not wait for what won't come.
+        tokio::spawn(end_worker(agent.clone(), id.clone(), migration.machine));
+        agent.command(&id, &Command::Cancel).await?;
     }
     Ok(Json(Withdrawn { id }))
+}
+
+/// Kills the worker of a withdrawn migration that hasn't ended by itself, unless the machine is this host's by now.
+async fn end_worker(agent: Arc<Agent>, id: String, machine: String) {
+    sleep(WITHDRAWN_TIMEOUT).await;
+    let known = ownership::of(&agent.state.machine(&machine));
+    let arrived =
+        !matches!(known, Ok(Ownership { holder: Holder::Peer(_), .. } | Ownership { epoch: Epoch(0), .. }));
+    let over = agent.show_migration(&id).is_ok_and(|migration| migration.report.is_some());
+    if !over && !arrived {
+        tracing::warn!(migration = id, "its worker doesn't end; killed");
+        workers::kill(&agent.state.migration(&id));
+    }
 }
 
 impl Agent {

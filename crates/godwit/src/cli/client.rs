@@ -78,7 +78,7 @@ impl Client {
     ) -> Result<Response<Incoming>, Failure> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| {
             let socket = self.socket.display();
-            Failure::Unreachable(format!(
+            Failure::unreachable(format!(
                 "no agent answers at {socket} ({error}); is `godwit agent` running?"
             ))
         })?;
@@ -89,7 +89,7 @@ impl Client {
 fn failure(error: HttpError) -> Failure {
     match error {
         HttpError::Problem(problem) => problem.into(),
-        other => Failure::Unreachable(format!("the agent's answer was lost: {other}")),
+        other => Failure::unreachable(format!("the agent's answer was lost: {other}")),
     }
 }
 

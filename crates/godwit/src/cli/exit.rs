@@ -27,9 +27,6 @@ pub(super) enum Failure {
     /// The agent (or a local verb) says why.
     #[error(transparent)]
     Problem(#[from] Problem),
-    /// No agent answers.
-    #[error("{0}")]
-    Unreachable(String),
     /// Input or output failed at this end.
     #[error(transparent)]
     Io(#[from] std::io::Error),
@@ -51,6 +48,11 @@ impl Failure {
         Self::Problem(Problem { code: ProblemCode::Refused, message: message.into() })
     }
 
+    /// No agent answers.
+    pub(super) fn unreachable(message: impl Into<String>) -> Self {
+        Self::Problem(Problem { code: ProblemCode::Unreachable, message: message.into() })
+    }
+
     /// The exit code.
     pub(super) fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {
@@ -59,8 +61,8 @@ impl Failure {
                 ProblemCode::Invalid => 2,
                 ProblemCode::Refused => 3,
                 ProblemCode::NotFound => 4,
+                ProblemCode::Unreachable => 5,
             },
-            Self::Unreachable(_) => 5,
             Self::Io(_) => 1,
         })
     }

@@ -1,5 +1,7 @@
 //! Hosts for tests: identities, configurations and agents in a directory that goes away, with their processes.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{
     fs,
     io::{Read, Write},
