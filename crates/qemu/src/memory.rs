@@ -230,3 +230,83 @@ fn start_ticks(pid: Pid) -> Option<u64> {
     let (_, after_name) = stat.rsplit_once(')')?;
     after_name.split_whitespace().nth(19)?.parse().ok()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two pages of this very process that hold 1 and 2.
+    #[repr(align(4096))]
+    struct Pages([[u8; PAGE_BYTES]; 2]);
+
+    static PAGES: Pages = Pages([[1; PAGE_BYTES], [2; PAGE_BYTES]]);
+
+    /// Nothing is ever mapped that low.
+    const UNMAPPED: MemoryRange = MemoryRange { host_address: 0x1000, bytes: PAGE_BYTES as u64 };
+
+    fn mapped() -> MemoryRange {
+        MemoryRange { host_address: PAGES.0.as_ptr() as u64, bytes: 2 * PAGE_BYTES as u64 }
+    }
+
+    fn own(ranges: &[MemoryRange]) -> ProcessMemory {
+        ProcessMemory::open(std::process::id(), ranges).unwrap()
+    }
+
+    fn read(memory: &ProcessMemory, pages: &[u64]) -> Result<Vec<u8>, ProcessMemoryError> {
+        let mut buffer = vec![0; pages.len() * PAGE_BYTES];
+        memory.read(pages.iter().map(|page| PageIndex(*page)), &mut buffer)?;
+        Ok(buffer.iter().step_by(PAGE_BYTES).copied().collect())
+    }
+
+    #[test]
+    fn pages_count_through_the_ranges() {
+        let memory = own(&[mapped(), mapped()]);
+        assert_eq!(memory.pages(), 4);
+        assert_eq!(read(&memory, &[3, 0, 2, 1]).unwrap(), [2, 1, 1, 2]);
+    }
+
+    #[test]
+    fn more_pages_than_one_call_takes() {
+        let pages = (0..2 * MAX_PAGES_A_CALL as u64 + 3).map(|page| page % 2).collect::<Vec<_>>();
+        let expected = pages.iter().map(|page| *page as u8 + 1).collect::<Vec<_>>();
+        assert_eq!(read(&own(&[mapped()]), &pages).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_fault_names_the_page_that_is_not_there() {
+        let memory = own(&[mapped(), UNMAPPED]);
+        for pages in [&[2][..], &[0, 1, 2], &[2; MAX_PAGES_A_CALL + 1]] {
+            let error = read(&memory, pages).unwrap_err();
+            assert!(matches!(error, ProcessMemoryError::Fault { address: 0x1000, .. }), "{error}");
+        }
+        let error = memory.write([PageIndex(2)].into_iter(), &[0; PAGE_BYTES]).unwrap_err();
+        assert!(matches!(error, ProcessMemoryError::Fault { address: 0x1000, .. }), "{error}");
+    }
+
+    #[test]
+    fn nothing_outside_of_the_ranges_is_touched() {
+        let memory = own(&[mapped()]);
+        for page in [2, u64::MAX] {
+            let error = read(&memory, &[0, page]).unwrap_err();
+            assert!(matches!(error, ProcessMemoryError::OutOfRange { pages: 2, .. }), "{error}");
+        }
+        let error = memory.read([PageIndex(0)].into_iter(), &mut [0; 100]).unwrap_err();
+        assert!(matches!(error, ProcessMemoryError::BufferSize { pages: 1, bytes: 100 }), "{error}");
+        let odd = MemoryRange { host_address: 0x1001, bytes: 4096 };
+        let endless = MemoryRange { host_address: 0x1000, bytes: !0xfff };
+        for range in [odd, endless] {
+            assert!(ProcessMemory::open(std::process::id(), &[range]).is_err());
+        }
+    }
+
+    #[test]
+    fn a_process_that_ended_is_gone() {
+        let mut child = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        let memory = ProcessMemory::open(child.id(), &[UNMAPPED]).unwrap();
+        assert!(memory.still_same());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert!(!memory.still_same());
+        assert!(matches!(memory.probe(), Err(ProcessMemoryError::Gone { .. })));
+    }
+}

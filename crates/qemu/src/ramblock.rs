@@ -92,3 +92,50 @@ fn size(number: &str, unit: &str) -> Option<u64> {
     };
     number.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const HEADING: &str = "Block Name    PSize              Offset               Used              Total                HVA  RO";
+
+    proptest! {
+        #[test]
+        fn any_block_is_read_back(
+            name in "[a-z/][ a-z0-9/:@.-]{0,60}[a-z0-9]",
+            page_bytes in 1u64..1024,
+            (shift, unit) in prop_oneof![Just((10, "KiB")), Just((20, "MiB")), Just((30, "GiB"))],
+            numbers in any::<[u64; 4]>(),
+        ) {
+            let [offset, used, total, host] = numbers;
+            let page = format!("{page_bytes} {unit}");
+            let line = format!(
+                "{name:>24} {page:>8}  {offset:#018x} {used:#018x} {total:#018x} {host:#018x}  rw"
+            );
+            let expected = RamBlockAddress {
+                name,
+                page_bytes: page_bytes << shift,
+                offset,
+                used_bytes: used,
+                total_bytes: total,
+                host_address: host,
+            };
+            prop_assert_eq!(parse(&format!("{HEADING}\r\n{line}\r\n")), Ok(vec![expected]));
+        }
+
+        #[test]
+        fn any_text_is_an_answer_or_an_error(text in "(.|\n){0,300}") {
+            parse(&format!("{HEADING}\n{text}")).ok();
+        }
+    }
+
+    #[test]
+    fn an_error_quotes_the_line() {
+        let line = RamBlockError::Line("pc.ram 4 KiB 0x0 oops 0x0 0x0 rw".into());
+        assert_eq!(parse(&format!("{HEADING}\n  pc.ram 4 KiB 0x0 oops 0x0 0x0 rw\r\n")), Err(line));
+        let old = "Block Name    PSize              Offset               Used              Total";
+        assert_eq!(parse(old), Err(RamBlockError::NoHostAddress(old.into())));
+    }
+}
