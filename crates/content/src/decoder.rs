@@ -71,8 +71,8 @@ pub enum DecodeError {
 
 /// The target's half of the engine: decodes batches in the order in which they were drafted.
 ///
-/// It keeps no content between batches: references and deltas read the target's memory. Its buffers stay under
-/// 3 MiB: a batch, the blocks that it refers to (at most five for each of its own), and its sections.
+/// It relies on no content between batches: references and deltas read the target's memory. Its buffers stay under
+/// 6 MiB: a batch, the blocks that it refers to (at most five for each of its own), and its sections.
 pub struct Decoder {
     block_count: u64,
     chain: Chain,
