@@ -105,6 +105,35 @@ fn a_machine_that_dies_is_noticed() {
 }
 
 #[test]
+fn what_never_arrived_is_removed_by_the_next_agent() {
+    let site = Site::new();
+    let mut host = site.host("hosta", 0, "");
+    let spec = host.spec("web1", "extra = [\"-rtc\", \"base=utc\"]");
+    let machine = host.godwit(&["vm", "run", &spec]).succeeds();
+    // As an agent leaves it that dies between starting QEMU and starting the worker.
+    let qmp = site.path("incoming.qmp");
+    let mut qemu = Command::new("qemu-system-x86_64")
+        .args(["-machine", "pc", "-accel", "tcg", "-m", "16", "-nodefaults", "-display", "none", "-S"])
+        .args(["-incoming", "defer", "-qmp"])
+        .arg(format!("unix:{},server=on,wait=off", qmp.display()))
+        .spawn()
+        .unwrap();
+    eventually("QEMU listens", || qmp.exists());
+    kill_pid(machine["pid"].as_i64().unwrap());
+    host.crash();
+    let note = host.state().join("machines/web1/process.json");
+    let mut running: Value = serde_json::from_slice(&fs::read(&note).unwrap()).unwrap();
+    let stat = fs::read_to_string(format!("/proc/{}/stat", qemu.id())).unwrap();
+    let started: u64 = stat.rsplit(')').next().unwrap().split_whitespace().nth(19).unwrap().parse().unwrap();
+    running["process"] = json!({ "pid": qemu.id(), "started_ticks": started });
+    running["adopted_qmp"] = json!(qmp);
+    fs::write(&note, running.to_string()).unwrap();
+    host.start();
+    eventually("nothing is left", || host.http("GET", "/v1/machines", "").1 == json!([]));
+    qemu.wait().unwrap();
+}
+
+#[test]
 fn what_qemu_refuses_is_said_in_one_line_and_leaves_nothing() {
     let site = Site::new();
     let host = site.host("hosta", 0, "");

@@ -18,6 +18,8 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use godwit_migration::handover::RecordState;
+use godwit_qemu::qmp::RunState;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::UnixStream,
@@ -32,11 +34,13 @@ use super::{
     launch, machines,
     machines::Claim,
     ownership::{self, Holder},
-    state, workers,
+    state::{self, MachineDir},
+    workers,
 };
 use crate::{
     api::Migration,
     job::{self, Command, Event, Happening, Job, Outcome, Phase, Progress, Report, Role},
+    token::Store,
 };
 
 /// Finished migrations that are kept.
@@ -278,12 +282,43 @@ impl Agent {
             }
             // The workers may have lost each other; the target must not wait for what won't come.
             (Role::Source, Outcome::Cancelled | Outcome::Failed) => {
+                self.continue_guest(&machine).await;
                 if let Ok(peer) = self.find_receiver(&job.peer).await {
                     self.withdraw(&peer, &job.id).await;
                 }
             }
             (Role::Target, outcome) if outcome != Outcome::Completed => self.abandon(&job.spec.name).await,
             _ => {}
+        }
+    }
+
+    /// Lets a guest go on that a dead worker left stopped before the token had left. A worker that ended in order has
+    /// done so itself, and its record says so.
+    async fn continue_guest(&self, machine: &MachineDir) {
+        let record = Store::open(machine.path()).load().ok().flatten();
+        let state = record.map(|record| record.state);
+        let Some(RecordState::Offered { stopped: Some(before), .. }) = state else { return };
+        let Ok(Some(running)) = machines::running(machine) else { return };
+        if !before.is_live() {
+            return;
+        }
+        let continued = async { machines::monitor(machine, &running).await?.cont().await };
+        match continued.await {
+            Ok(()) => tracing::info!("the guest goes on"),
+            Err(error) => tracing::warn!(%error, "the guest can't be continued"),
+        }
+    }
+
+    /// Removes what an agent left that ended while it prepared an incoming machine: nobody will ever send to it.
+    pub(super) async fn remove_orphans(&self) {
+        for (name, machine) in self.state.machines().unwrap_or_default() {
+            let Ok(Some(running)) = machines::running(&machine) else { continue };
+            let Ok(_claim) = self.busy.claim(&name, "it is being looked at") else { continue };
+            let state = async { machines::monitor(&machine, &running).await?.query_status().await };
+            if state.await.is_ok_and(|status| status.state == RunState::Inmigrate) {
+                tracing::info!(machine = name, "never arrived; removed");
+                self.abandon(&name).await;
+            }
         }
     }
 

@@ -154,6 +154,7 @@ impl Agent {
             .await
             .map_err(|source| StartError::Listen { address: self.config.listen.to_string(), source })?;
         self.resume_migrations();
+        self.remove_orphans().await;
         tokio::spawn(self.clone().reap_machines());
         tokio::spawn(listener::serve(self.clone(), tcp, tls));
         let name = self.config.name.as_str();

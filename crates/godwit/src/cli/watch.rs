@@ -18,6 +18,9 @@ const REPORT_POLL: Duration = Duration::from_millis(50);
 /// A worker that hasn't begun to listen has no events yet.
 const EVENTS_POLL: Duration = Duration::from_millis(200);
 
+/// What is owed is counted in pages.
+const PAGE_BYTES: u64 = 4096;
+
 /// Why watching ended.
 #[derive(Debug)]
 pub(super) enum Watched {
@@ -111,7 +114,7 @@ impl View {
 
 fn bar(machine: &str, peer: &str) -> ProgressBar {
     let template =
-        format!("{machine} · {peer}  {{prefix}}\n{{bar:40}} {{percent:>3}} %  {{elapsed}}  {{wide_msg}}");
+        format!("{machine} → {peer}  {{prefix:14}} {{bar:24}} {{percent:>3}} %  {{elapsed}}\n  {{wide_msg}}");
     let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
     let bar = ProgressBar::new(1).with_style(style.progress_chars("█▉▊▋▌▍▎▏ "));
     bar.set_prefix(output::phase(Phase::Preparing));
@@ -120,13 +123,12 @@ fn bar(machine: &str, peer: &str) -> ProgressBar {
 }
 
 fn line(progress: &Progress) -> String {
-    let mut parts = vec![
-        rate(progress.rate_bytes_per_second),
-        format!("{} sent", size(progress.wire_bytes)),
-        format!("{} owed", size(progress.pages_owed.saturating_mul(4096))),
-    ];
-    parts.extend(progress.predicted_downtime_ms.map(|ms| format!("pause now {}", time_ms(ms as f64))));
+    let mut parts = Vec::new();
     parts.extend(progress.predicted_remaining_ms.map(|ms| format!("{} left", time_ms(ms as f64))));
+    parts.extend(progress.predicted_downtime_ms.map(|ms| format!("pause now {}", time_ms(ms as f64))));
+    parts.push(rate(progress.rate_bytes_per_second));
+    parts.push(format!("{} sent", size(progress.wire_bytes)));
+    parts.push(format!("{} owed", size(progress.pages_owed.saturating_mul(PAGE_BYTES))));
     parts.join(" · ")
 }
 
@@ -144,6 +146,6 @@ mod tests {
             predicted_remaining_ms: Some(9_000),
             ..Progress::default()
         };
-        assert_eq!(line(&progress), "80 Mbit/s · 50 MiB sent · 3.91 MiB owed · pause now 48 ms · 9 s left");
+        assert_eq!(line(&progress), "9 s left · pause now 48 ms · 80 Mbit/s · 50 MiB sent · 3.91 MiB owed");
     }
 }
