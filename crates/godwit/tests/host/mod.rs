@@ -140,12 +140,19 @@ impl Host {
         self.http("GET", &format!("/v1/machines/{name}"), "").1[field].clone()
     }
 
-    fn kill_machines(&self) {
-        for entry in fs::read_dir(self.directory.join("machines")).into_iter().flatten().flatten() {
-            let Ok(text) = fs::read_to_string(entry.path().join("process.json")) else { continue };
-            let running: Value = serde_json::from_str(&text).unwrap_or_default();
-            if let Some(pid) = running["process"]["pid"].as_i64() {
-                kill_pid(pid);
+    /// Kills QEMU processes and workers, by the ids that the agent wrote down.
+    fn kill_what_outlives_the_agent(&self) {
+        for (directory, file, process) in
+            [("machines", "process.json", "/process/pid"), ("migrations", "worker.json", "/pid")]
+        {
+            for entry in fs::read_dir(self.directory.join(directory)).into_iter().flatten().flatten() {
+                let Ok(text) = fs::read_to_string(entry.path().join(file)) else { continue };
+                let written: Value = serde_json::from_str(&text).unwrap_or_default();
+                // A migration that is over has a report; its worker's id may be another's by now.
+                let over = entry.path().join("report.json").exists();
+                if let Some(pid) = written.pointer(process).and_then(Value::as_i64).filter(|_| !over) {
+                    kill_pid(pid);
+                }
             }
         }
     }
@@ -157,7 +164,7 @@ impl Drop for Host {
             let _ = agent.kill();
             let _ = agent.wait();
         }
-        self.kill_machines();
+        self.kill_what_outlives_the_agent();
         if thread::panicking() {
             eprintln!("{}", fs::read_to_string(self.directory.with_extension("log")).unwrap_or_default());
         }
