@@ -416,7 +416,7 @@ impl Core {
         payload: Bytes,
         now: Instant,
     ) -> Frame {
-        self.acks.sent(now);
+        self.acks.sent(lane, now);
         let frame_bytes = HEADER_BYTES + payload.len();
         let wire_bytes = frame_bytes + frame_bytes.div_ceil(RECORD_BYTES) * RECORD_OVERHEAD_BYTES;
         self.bucket.take(wire_bytes, now);
