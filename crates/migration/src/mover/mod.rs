@@ -310,7 +310,7 @@ impl Mover {
         self.statistics
     }
 
-    /// Bytes of memory that the mover takes: under two a block.
+    /// Bytes of memory that the mover takes: two a block.
     pub fn memory_bytes(&self) -> u64 {
         let bitmaps = self.owed.iter().chain([&self.named, &self.sent, &self.sent_in_pass]);
         self.write_counts.len() as u64 + bitmaps.map(Bitmap::memory_bytes).sum::<u64>()
@@ -322,10 +322,13 @@ impl Mover {
     }
 
     fn take_held_back(&mut self, end: usize, batch: &mut Vec<BlockVersion>, taken: &mut Taken) {
-        for except in [Except::Sent, Except::SentInPass] {
+        if self.owed_first_time > 0 {
             for heat in Heat::HELD_BACK {
-                self.take_class(heat, except, end, batch, taken);
+                self.take_class(heat, Except::Sent, end, batch, taken);
             }
+        }
+        for heat in Heat::HELD_BACK {
+            self.take_class(heat, Except::SentInPass, end, batch, taken);
         }
     }
 
@@ -341,7 +344,7 @@ impl Mover {
         let start = self.cursors[heat as usize];
         for range in [start..self.block_count, 0..start] {
             let mut from = range.start;
-            while batch.len() < end {
+            while batch.len() < end && !self.owed[heat as usize].is_empty() {
                 let Some(block) = self.next_owed(heat, except, from).filter(|block| *block < range.end)
                 else {
                     break;
@@ -399,3 +402,6 @@ impl Mover {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -123,11 +123,11 @@ struct Settling(Arc<Mutex<HashSet<u64>>>);
 
 impl Settling {
     fn knows(&self, world: u64) -> bool {
-        self.0.lock().unwrap().contains(&world)
+        self.0.lock().expect("no check panics while it holds the lock").contains(&world)
     }
 
     fn remember(&self, worlds: &[u64]) {
-        self.0.lock().unwrap().extend(worlds);
+        self.0.lock().expect("no check panics while it holds the lock").extend(worlds);
     }
 }
 
@@ -185,8 +185,8 @@ fn one_attempt_survives_three_faults() {
 }
 
 #[test]
-fn two_attempts_survive_a_fault() {
-    check(Scenario { attempts: 2, ..plain(1) });
+fn two_attempts_in_a_row_keep_apart() {
+    check(Scenario { attempts: 2, ..plain(0) });
 }
 
 #[test]
