@@ -199,6 +199,16 @@ impl Hosts {
     }
 }
 
+impl Drop for Hosts {
+    /// Ends the machine, which would outlive its agent and answer in the next contender's stead.
+    fn drop(&mut self) {
+        for host in [&self.a, &self.b] {
+            // At one of the hosts there is none.
+            let _ = self.ask(host, &["vm", "kill", MACHINE]);
+        }
+    }
+}
+
 /// A host's `agent.toml`: it trusts the other host, with the guests' bridge and image.
 fn agent_config(host: &Host, other: Place, kernel: &Path) -> String {
     let (name, address) = (host.place.name(), host.place.address());
