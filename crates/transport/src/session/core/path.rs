@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 const INITIAL_WINDOW_BYTES: usize = 256 * 1024;
 /// The window of the slowest path: a few frames.
 const MIN_WINDOW_BYTES: usize = 64 * 1024;
-/// How much more than rate × round trip may be in flight.
-const WINDOW_GAIN: f64 = 1.5;
+/// How much more than rate × round trip may be in flight. With 1.5, a router's queue of one rate × round trip overflowed
+/// (100 Mbit/s, 20 ms: 3 % of packets lost, a tenth of the throughput); with 1.25 it doesn't, whichever congestion
+/// control TCP uses.
+const WINDOW_GAIN: f64 = 1.25;
 /// What an acknowledgement may be late at the receiver.
 pub(super) const ACK_DELAY: Duration = Duration::from_millis(5);
 /// The same while the shortest round trip is measured anew; below 1, so that queues drain.
@@ -50,7 +52,7 @@ pub(super) struct Path {
     /// While fewer bytes than this are delivered, samples say what the sender offered, not what the link gives.
     sender_limited_until: u64,
     highest_rate: RecentMaximum,
-    smoothed_rate: Option<(f64, Instant)>,
+    smoothed_rate: Option<f64>,
     smoothed_rtt: Option<Duration>,
     min_rtt: Option<(Duration, Instant)>,
     probe: Option<Probe>,
@@ -105,6 +107,7 @@ impl Path {
         in_flight_bytes: usize,
         now: Instant,
     ) {
+        self.smooth_rate(bytes, newest.sender_limited, now);
         self.delivered_bytes += bytes as u64;
         self.delivered_at = now;
         self.first_sent_at = newest.at;
@@ -125,7 +128,7 @@ impl Path {
     }
 
     pub(super) fn delivery_rate(&self) -> Option<f64> {
-        self.smoothed_rate.map(|(rate, _)| rate)
+        self.smoothed_rate
     }
 
     pub(super) fn smoothed_rtt(&self) -> Option<Duration> {
@@ -173,11 +176,20 @@ impl Path {
             return;
         }
         self.highest_rate.add(rate, MIN_RATE_LIFETIME.max(shortest * 5), now);
-        let smoothed = self.smoothed_rate.map_or(rate, |(old, at)| {
-            let share = now.saturating_duration_since(at).as_secs_f64() / SMOOTHING.as_secs_f64();
-            old + (rate - old) * (1.0 - (-share).exp())
-        });
-        self.smoothed_rate = Some((smoothed, now));
+        self.smoothed_rate.get_or_insert(rate);
+    }
+
+    /// What arrived since the last acknowledgement, averaged; so that a stall and the burst after it cancel out.
+    fn smooth_rate(&mut self, bytes: usize, sender_limited: bool, now: Instant) {
+        let elapsed = now.saturating_duration_since(self.delivered_at).as_secs_f64();
+        if let Some(smoothed) = &mut self.smoothed_rate
+            && !sender_limited
+        {
+            let kept = (-elapsed / SMOOTHING.as_secs_f64()).exp();
+            // For short times the second factor is elapsed / smoothing; divided by elapsed it stays finite.
+            let weight = if elapsed > 0.0 { (1.0 - kept) / elapsed } else { 1.0 / SMOOTHING.as_secs_f64() };
+            *smoothed = *smoothed * kept + bytes as f64 * weight;
+        }
     }
 }
 

@@ -300,20 +300,17 @@ fn the_link_is_used_and_its_queue_stays_short() {
     let mut transfer = Transfer::new(12.5e6);
     transfer.run(Duration::from_secs(1));
     let (used, most_in_flight) = transfer.run(Duration::from_secs(30));
-    println!("{used} {most_in_flight} {:?}", transfer.cores[0].stats());
     assert!(used > 0.97, "only {used} of the link was used");
-    assert!(most_in_flight < 550_000, "{most_in_flight} bytes were in flight");
+    assert!(most_in_flight < 480_000, "{most_in_flight} bytes were in flight");
     // It becomes a link of 20 Mbit/s, then of 400 Mbit/s.
     transfer.links[0].bytes_per_second = 2.5e6;
     transfer.run(Duration::from_secs(3));
     let (used, most_in_flight) = transfer.run(Duration::from_secs(30));
-    println!("{used} {most_in_flight} {:?}", transfer.cores[0].stats());
     assert!(used > 0.97, "only {used} of the slower link was used");
     assert!(most_in_flight < 200_000, "{most_in_flight} bytes were in flight on the slower link");
     transfer.links[0].bytes_per_second = 50e6;
     transfer.run(Duration::from_secs(2));
     let (used, most_in_flight) = transfer.run(Duration::from_secs(30));
-    println!("{used} {most_in_flight} {:?}", transfer.cores[0].stats());
     assert!(used > 0.97, "only {used} of the faster link was used");
     assert!(most_in_flight < 2_200_000, "{most_in_flight} bytes were in flight on the faster link");
 }
