@@ -168,6 +168,11 @@ impl Target {
         matches!(self.state, State::Awaiting | State::Verifying { .. } | State::Loading { .. })
     }
 
+    /// Whether no hand-over was ever offered.
+    pub fn is_idle(&self) -> bool {
+        self.state == State::Idle
+    }
+
     /// Whether nothing is left to be done but answering.
     pub fn is_settled(&self) -> bool {
         matches!(self.state, State::Taken { .. } | State::Refused)

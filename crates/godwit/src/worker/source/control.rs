@@ -92,6 +92,7 @@ pub(super) struct Control<'a> {
     clock: Clock,
     qemu_events: broadcast::Receiver<Event>,
     session_over: bool,
+    bandwidth: Option<u64>,
     stop: Stop,
     cancelled: bool,
     outcome: Option<Outcome>,
@@ -169,6 +170,7 @@ impl<'a> Control<'a> {
             draft,
             clock,
             session_over: false,
+            bandwidth: job.options.bandwidth_bytes_per_second,
             stop: Stop::default(),
             cancelled: false,
             outcome: None,
@@ -215,6 +217,7 @@ impl<'a> Control<'a> {
     fn apply(&mut self, happened: Happened) -> Vec<Action> {
         if !matches!(happened, Happened::Tick) {
             self.clock.last_sign_of_life = Instant::now();
+            tracing::debug!(?happened);
         }
         match happened {
             Happened::Pump(PumpEvent::MemoryNamed) => self.guest_stopped(None),
@@ -247,6 +250,7 @@ impl<'a> Control<'a> {
                 self.abort("cancelled by the operator".into())
             }
             Happened::Command(Command::SetBandwidth { bytes_per_second }) => {
+                self.bandwidth = bytes_per_second;
                 self.session.set_bandwidth(bytes_per_second);
                 vec![]
             }
@@ -354,6 +358,7 @@ impl<'a> Control<'a> {
             wire_bytes: stats.wire_bytes,
             acked_bytes: stats.acked_bytes,
             in_flight_bytes: stats.in_flight_bytes + self.threads.account.waiting_bytes(),
+            limit_bytes_per_second: self.bandwidth,
             rate_bytes_per_second: stats.delivery_rate_bytes_per_second,
             round_trip_ms: stats.min_rtt.map(|time| time.as_secs_f64() * 1e3),
         }

@@ -209,8 +209,9 @@ async fn start_threads(
     let limits =
         EncoderLimits { base_bytes: usize::try_from(limit).unwrap_or(usize::MAX), level: COMPRESSION_LEVEL };
     let (sending, sent_through) = (stage.clone(), outbox.clone());
+    let mut encoder = Encoder::new(limits);
     thread::spawn(move || {
-        let sent = sender::send_all(&sending, Encoder::new(limits), &sent_through);
+        let sent = sender::send_all(&sending, &mut encoder, &sent_through);
         drop(tell.blocking_send(Happened::Sent(sent)));
     });
     Ok(Threads { stage, pace, outbox, account, return_path, events, verify })

@@ -27,6 +27,8 @@ pub(super) struct LinkObservation {
     /// Sent and not acknowledged, and drafted and not sent.
     pub(super) in_flight_bytes: u64,
     pub(super) rate_bytes_per_second: Option<u64>,
+    /// What the operator allows.
+    pub(super) limit_bytes_per_second: Option<u64>,
     pub(super) round_trip_ms: Option<f64>,
 }
 
@@ -105,7 +107,8 @@ impl Pilot {
         }
         // Before the link was ever full, what it delivered is the least that it can.
         let delivered = link.acked_bytes as f64 * 1e3 / now_ms.max(1) as f64;
-        let rate = link.rate_bytes_per_second.map_or(delivered, |rate| rate as f64);
+        let measured = link.rate_bytes_per_second.map_or(delivered, |rate| rate as f64);
+        let rate = link.limit_bytes_per_second.map_or(measured, |limit| measured.min(limit as f64));
         self.predictor.observe_link(rate, link.round_trip_ms.unwrap_or_default());
         let backlog = Backlog {
             first_time_blocks: stage.never_sent_blocks,

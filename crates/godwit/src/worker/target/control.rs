@@ -129,15 +129,21 @@ impl<'a> Control<'a> {
             let actions = self.apply(happened);
             self.carry_out(actions).await?;
         }
+        if self.parts.handover.is_idle() {
+            self.draft.taken_back(job::Outcome::Failed, "the source ended the migration".into());
+            end_qemu(&self.parts.monitor, self.job.pid).await?;
+        }
         // The source waits for the acknowledgement of its last word.
         let _ = tokio::time::timeout(GOODBYE, self.parts.session.close()).await;
         self.journal.say(Happening::Phase { phase: Phase::Done });
         Ok(())
     }
 
-    /// A settled target stays until the source has left, so that it gets its answer.
+    /// A settled target stays until the source has left, so that it gets its answer; one to which no hand-over was ever
+    /// offered has nothing to answer.
     fn is_over(&self) -> bool {
-        self.outcome.is_some() && (self.session_over || Instant::now() >= self.deadline)
+        let settled = self.outcome.is_some() && Instant::now() >= self.deadline;
+        settled || self.session_over && (self.outcome.is_some() || self.parts.handover.is_idle())
     }
 
     async fn next(&mut self, commands: &mut mpsc::Receiver<Command>) -> Happened {
@@ -192,6 +198,9 @@ impl<'a> Control<'a> {
                 self.parts.handover.apply(TargetEvent::LinkLost)
             }
             Happened::Monitor(event) => self.qemu_says(&event),
+            Happened::QemuGone if self.parts.handover.is_idle() => {
+                self.abort("this host's QEMU ended".into())
+            }
             Happened::QemuGone => self.parts.handover.apply(TargetEvent::QemuDied),
             Happened::Command(Command::Cancel) => self.abort("cancelled at the target".into()),
             Happened::Command(Command::SetBandwidth { .. }) => vec![],
@@ -199,7 +208,13 @@ impl<'a> Control<'a> {
         }
     }
 
+    /// Gives up, if that is still possible; before a hand-over was offered there is nothing but the session to end.
     fn abort(&mut self, reason: String) -> Vec<Action> {
+        if self.parts.handover.is_idle() {
+            self.journal.warn(reason);
+            self.session_over = true;
+            return vec![];
+        }
         self.parts.handover.apply(TargetEvent::Abort { reason })
     }
 
