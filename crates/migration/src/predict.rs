@@ -15,6 +15,9 @@ use serde::{Deserialize, Serialize};
 
 /// Blocks over which a mean encoded size forgets: about a second of a 100 Mbit/s link.
 const SIZE_MEMORY_BLOCKS: f64 = 4096.0;
+/// What a block is thought to take until one was seen. A delta is thought to be no better, so that a guest isn't
+/// stopped on a guess.
+const UNSEEN_BLOCK_BYTES: f64 = 2048.0;
 /// Weight of the newest of the dirty rates that are averaged.
 const RATE_WEIGHT: f64 = 0.3;
 /// Weight of the newest outcome in what is learned.
@@ -91,8 +94,8 @@ impl Pause {
 /// Predicts the pause from what has been observed so far.
 #[derive(Debug, Clone)]
 pub struct Predictor {
-    first_time_bytes: f64,
-    again_bytes: f64,
+    first_time: MeanSize,
+    again: MeanSize,
     rate_bytes_per_second: f64,
     round_trip_ms: f64,
     dirty: RateMeter,
@@ -104,8 +107,8 @@ impl Predictor {
     /// infinite.
     pub fn new(learned: Learned) -> Self {
         Self {
-            first_time_bytes: 2_048.0,
-            again_bytes: 512.0,
+            first_time: MeanSize::default(),
+            again: MeanSize::default(),
             rate_bytes_per_second: 0.0,
             round_trip_ms: 0.0,
             dirty: RateMeter::default(),
@@ -117,15 +120,11 @@ impl Predictor {
     /// took and what was expected is shared in proportion to the expectation.
     pub fn observe_batch(&mut self, first_time: u64, again: u64, encoded_bytes: u64) {
         let (first_time, again) = (first_time as f64, again as f64);
-        let expected = first_time * self.first_time_bytes + again * self.again_bytes;
-        if expected <= 0.0 {
-            return;
-        }
-        let ratio = encoded_bytes as f64 / expected;
-        for (mean, blocks) in [(&mut self.first_time_bytes, first_time), (&mut self.again_bytes, again)] {
-            let weight = 1.0 - (-blocks / SIZE_MEMORY_BLOCKS).exp();
-            // A run of blocks that cost nothing must not make all later ones free.
-            *mean = (*mean + weight * (*mean * ratio - *mean)).max(1.0);
+        let expected = first_time * self.first_time.bytes + again * self.again.bytes;
+        if expected > 0.0 {
+            let ratio = encoded_bytes as f64 / expected;
+            self.first_time.scale(ratio, first_time);
+            self.again.scale(ratio, again);
         }
     }
 
@@ -185,8 +184,8 @@ impl Predictor {
 
     /// Encoded bytes of what is owed.
     pub fn owed_bytes(&self, backlog: &Backlog) -> f64 {
-        backlog.first_time_blocks as f64 * self.first_time_bytes
-            + backlog.again_blocks as f64 * self.again_bytes
+        backlog.first_time_blocks as f64 * self.first_time.bytes
+            + backlog.again_blocks as f64 * self.again.bytes
     }
 
     /// Rate of the link as last observed, bytes per second.
@@ -199,13 +198,39 @@ impl Predictor {
         self.dirty.per_second
     }
 
-    /// What the link would have to carry a second to keep up with the guest: its writes, as deltas.
+    /// What the link would have to carry a second to keep up with the guest: its writes, as deltas. 0 until a delta was
+    /// seen.
     pub fn dirty_bytes_per_second(&self) -> f64 {
-        self.dirty.per_second * self.again_bytes
+        if self.again.seen_blocks > 0.0 { self.dirty.per_second * self.again.bytes } else { 0.0 }
     }
 
     fn transfer_ms(&self, bytes: f64) -> f64 {
         if bytes <= 0.0 { 0.0 } else { bytes / self.rate_bytes_per_second * 1e3 }
+    }
+}
+
+/// What a block of one kind takes: the mean of all, then of the newest [`SIZE_MEMORY_BLOCKS`].
+#[derive(Debug, Clone)]
+struct MeanSize {
+    bytes: f64,
+    seen_blocks: f64,
+}
+
+impl Default for MeanSize {
+    fn default() -> Self {
+        Self { bytes: UNSEEN_BLOCK_BYTES, seen_blocks: 0.0 }
+    }
+}
+
+impl MeanSize {
+    /// `blocks` more took `ratio` times what was expected.
+    fn scale(&mut self, ratio: f64, blocks: f64) {
+        if blocks > 0.0 {
+            let weight = blocks / (self.seen_blocks + blocks);
+            // A run of blocks that cost nothing must not make all later ones free.
+            self.bytes = (self.bytes * (1.0 + weight * (ratio - 1.0))).max(1.0);
+            self.seen_blocks = (self.seen_blocks + blocks).min(SIZE_MEMORY_BLOCKS);
+        }
     }
 }
 
@@ -278,8 +303,8 @@ mod tests {
             let again = 64 - first_time;
             predictor.observe_batch(first_time, again, first_time * 1_800 + again * 160);
         }
-        assert!((predictor.first_time_bytes / 1_800.0 - 1.0).abs() < 0.15, "{}", predictor.first_time_bytes);
-        assert!((predictor.again_bytes / 160.0 - 1.0).abs() < 0.5, "{}", predictor.again_bytes);
+        assert!((predictor.first_time.bytes / 1_800.0 - 1.0).abs() < 0.15, "{}", predictor.first_time.bytes);
+        assert!((predictor.again.bytes / 160.0 - 1.0).abs() < 0.5, "{}", predictor.again.bytes);
     }
 
     #[test]
@@ -312,6 +337,7 @@ mod tests {
     #[test]
     fn remaining_time_grows_with_the_dirty_rate_and_has_no_end_beyond_the_link() {
         let mut predictor = predictor();
+        predictor.observe_batch(0, 64, 64 * 500);
         let backlog = Backlog { first_time_blocks: 10_000, ..Backlog::default() };
         let idle = predictor.remaining_ms(&backlog, 50.0).unwrap();
         predictor.observe_dirtying(0, 0);

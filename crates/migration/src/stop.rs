@@ -74,28 +74,31 @@ pub trait StopPolicy: Send {
 pub struct GateSettings {
     /// The longest pause that is wanted.
     pub target_ms: f64,
-    /// How long to wait for a shorter pause after the shortest so far, once the target looks out of reach.
+    /// How long to wait for a shorter pause after the shortest so far, while the target isn't met.
     pub patience_ms: u64,
+    /// The same when it is. What is owed drains at the rate of the link, so that a moment of total time buys as much
+    /// downtime; the pauses of a guest that goes on alike differ little after a few passes.
+    pub settle_ms: u64,
 }
 
 impl GateSettings {
-    /// A gate for this target with the default patience of 2 s.
+    /// A gate for this target with the default patience of 3 s, or 150 ms when it is met.
     pub fn new(target_ms: f64) -> Self {
-        Self { target_ms, patience_ms: 2_000 }
+        Self { target_ms, patience_ms: 3_000, settle_ms: 150 }
     }
 }
 
-/// Stops as soon as the predicted pause meets the target, or about at its minimum.
+/// Stops at about the shortest pause to be had: soon, if it meets the target; after some patience, if not.
 ///
 /// Nothing is decided while the target lacks blocks that it never had: what such a block takes is a guess, so a
-/// prediction with many of them isn't to be relied on, and their number only falls.
+/// prediction with many of them isn't to be relied on. Their number only falls, and the mover sends them first.
 ///
-/// After that, the target's being met stops the guest at once. Otherwise the gate remembers the shortest pause
-/// predicted so far and when it was. As long as shorter ones (by 5 % at least) keep coming within `patience_ms` of
-/// each other, there is something to wait for. Then the gate takes what it can get: a pause no longer than
-/// `shortest × (1 + overdue / patience)`, where `overdue` is the time since patience ended. The price that it is ready to
-/// pay begins at the minimum and rises without limit, so that a stop is certain; with a guest that has a fixed working
-/// set it comes within a patience or two.
+/// After that, the gate remembers the shortest pause predicted so far and when it was. As long as shorter ones (by 5 %
+/// at least) keep coming within its patience of each other, there is something to wait for; its patience is
+/// `settle_ms` where the target is met, and `patience_ms` where it isn't. Then the gate takes what it can get: a pause
+/// no longer than `shortest × (1 + overdue / patience)`, where `overdue` is the time since patience ended. The price
+/// that it is ready to pay begins at the minimum and rises without limit, so that a stop is certain; with a guest that
+/// has a fixed working set it comes within a patience or two.
 #[derive(Debug, Clone)]
 pub struct Gate {
     settings: GateSettings,
@@ -117,12 +120,12 @@ impl Gate {
         Self { settings, shortest: None }
     }
 
-    fn accepts(&self, sample: &Sample, shortest: Shortest) -> bool {
+    fn accepts(sample: &Sample, shortest: Shortest, patience_ms: u64) -> bool {
         let waited_ms = sample.now_ms.saturating_sub(shortest.at_ms);
-        let Some(overdue_ms) = waited_ms.checked_sub(self.settings.patience_ms) else {
+        let Some(overdue_ms) = waited_ms.checked_sub(patience_ms) else {
             return false;
         };
-        let premium = overdue_ms as f64 / self.settings.patience_ms.max(1) as f64;
+        let premium = overdue_ms as f64 / patience_ms.max(1) as f64;
         sample.predicted_pause_ms <= shortest.pause_ms * (1.0 + premium)
     }
 }
@@ -130,15 +133,17 @@ impl Gate {
 impl StopPolicy for Gate {
     fn observe(&mut self, sample: &Sample) -> Verdict {
         if sample.never_sent_blocks == 0 {
-            if sample.predicted_pause_ms <= self.settings.target_ms {
-                return Verdict::Stop { reason: StopReason::TargetMet };
-            }
+            let (patience_ms, reason) = if sample.predicted_pause_ms <= self.settings.target_ms {
+                (self.settings.settle_ms, StopReason::TargetMet)
+            } else {
+                (self.settings.patience_ms, StopReason::LocalMinimum)
+            };
             let newest = Shortest { pause_ms: sample.predicted_pause_ms, at_ms: sample.now_ms };
             let shortest = *self.shortest.get_or_insert(newest);
             if newest.pause_ms < shortest.pause_ms * Self::WORTH_WAITING {
                 self.shortest = Some(newest);
-            } else if self.accepts(sample, shortest) {
-                return Verdict::Stop { reason: StopReason::LocalMinimum };
+            } else if Self::accepts(sample, shortest, patience_ms) {
+                return Verdict::Stop { reason };
             }
         }
         if sample.rate_bytes_per_second > 0 && sample.dirty_bytes_per_second > sample.rate_bytes_per_second {
@@ -151,7 +156,7 @@ impl StopPolicy for Gate {
 /// Constants of [`SmartStop`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SmartStopSettings {
-    /// Iterations over which the number of owed blocks has to be a minimum.
+    /// Iterations in which the number of owed blocks has to be a minimum.
     pub window: usize,
     /// Iterations after which the guest is stopped in any case; Xen's limit, which the dissertation names, is 30.
     pub iteration_limit: u32,
@@ -161,7 +166,7 @@ pub struct SmartStopSettings {
 
 impl Default for SmartStopSettings {
     fn default() -> Self {
-        Self { window: 4, iteration_limit: 30, shortest_iteration_ms: 200 }
+        Self { window: 8, iteration_limit: 30, shortest_iteration_ms: 200 }
     }
 }
 
@@ -169,13 +174,15 @@ impl Default for SmartStopSettings {
 ///
 /// An *iteration* begins with a number of owed blocks and ends when that many have been sent. The first stage waits
 /// until an iteration dirties as many blocks as it sends: up to there another iteration is a clear gain. The second
-/// stage stops at the first iteration that begins with fewer owed blocks than any of the `window` before it.
+/// stage stops at the first iteration that begins with fewer owed blocks than any of the `window` before it, or with
+/// none.
 #[derive(Debug, Clone)]
 pub struct SmartStop {
     settings: SmartStopSettings,
     iteration: Option<Iteration>,
     iterations: u32,
     crossed: bool,
+    /// Blocks owed at the start of the newest iterations.
     window: VecDeque<u64>,
 }
 
@@ -210,17 +217,18 @@ impl SmartStop {
         let sent = sample.sent_blocks - ended.sent_blocks;
         let dirtied = sample.dirtied_blocks - ended.dirtied_blocks;
         self.crossed |= dirtied >= sent;
-        let full = self.window.len() >= self.settings.window;
-        if self.crossed && full && self.window.iter().all(|&owed| sample.owed_blocks < owed) {
+        if self.window.len() >= self.settings.window {
+            self.window.pop_front();
+        }
+        self.window.push_back(ended.owed_blocks);
+        let is_full = self.window.len() >= self.settings.window;
+        let is_minimum = is_full && self.window.iter().all(|&owed| sample.owed_blocks < owed);
+        if self.crossed && (is_minimum || sample.owed_blocks == 0) {
             return Verdict::Stop { reason: StopReason::WindowMinimum };
         }
         if self.iterations >= self.settings.iteration_limit {
             return Verdict::Stop { reason: StopReason::IterationLimit };
         }
-        if full {
-            self.window.pop_front();
-        }
-        self.window.push_back(sample.owed_blocks);
         Verdict::Continue
     }
 }

@@ -21,14 +21,21 @@
 //!
 //! # Order
 //!
-//! Classes go in ascending heat; within a class, blocks go in address order by a cursor that moves on and wraps, so
-//! that neighbours travel together and nobody starves. A hot block's next write comes, by its very class, within
-//! about two passes. Unless the guest is stopped before that, sending it is in vain, and Nicolae's answer is not to
-//! push it at all. But when nothing else is owed the link would idle, and then an early copy is free and pays twice:
-//! the target gets a base, so that what is sent in the pause is a delta, and the delta has fewer writes in it. So hot
-//! blocks are *held back*: they go when nothing cooler is owed, those that the target never had first, then the less
-//! hot, and each at most once a pass, since a second copy in the same pass would buy nothing that the first didn't.
-//! In [`Mode::Final`] the guest is stopped, nothing can be in vain, and everything goes.
+//! 1. Blocks that the target never had, the least hot first. Each has to go whole once, before the stop or in the
+//!    pause; once it has gone, whatever is written to it later is a delta. So they come first, and all of them have
+//!    gone after a time that is known: their bytes over the rate of the link.
+//! 2. Other blocks below the threshold, the least hot first.
+//! 3. Hot blocks are *held back*. A hot block's next write comes, by its very class, within about two passes; unless
+//!    the guest is stopped before that, sending it again is in vain, and Nicolae's answer is not to push it at all.
+//!    But when nothing else is owed the link would idle, and then a copy is free and pays: what is sent in the pause
+//!    is a delta with fewer writes in it. So they go when nothing else is owed, the least hot first, and each at most
+//!    once a pass, since a second copy in the same pass would buy nothing that the first didn't.
+//!
+//! Within a class, blocks go in address order by a cursor that moves on and wraps, so that neighbours travel together
+//! and nobody starves. In [`Mode::Final`] the guest is stopped, nothing can be in vain, and everything goes.
+//!
+//! Both exceptions for hot blocks live from deltas. Chunks that always travel whole want the paper's own rule, which
+//! [`Settings::early_copies`] switches on by being off: a block over the threshold isn't sent while the guest runs.
 
 mod bitmap;
 
@@ -44,7 +51,7 @@ const LONG_AGO: u8 = 4;
 /// Number of heat classes.
 const CLASSES: usize = 5;
 
-/// How often a block has been rewritten lately; ascending order is the order of sending.
+/// How often a block has been rewritten lately; the least hot go first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Heat {
     /// Not rewritten since the migration began.
@@ -61,10 +68,10 @@ pub enum Heat {
 
 impl Heat {
     const ALL: [Self; CLASSES] = [Self::Untouched, Self::Cool, Self::Warm, Self::Hot, Self::Hottest];
-    const SENT_AT_ONCE: [Self; 3] = [Self::Untouched, Self::Cool, Self::Warm];
+    const NOT_HELD_BACK: [Self; 3] = [Self::Untouched, Self::Cool, Self::Warm];
     const HELD_BACK: [Self; 2] = [Self::Hot, Self::Hottest];
 
-    /// Whether blocks of this class wait until nothing cooler is owed.
+    /// Whether blocks of this class wait once the target has some version of them.
     pub fn is_held_back(self) -> bool {
         self >= Self::Hot
     }
@@ -76,11 +83,13 @@ pub struct Settings {
     /// Recent writes from which a block is held back (Nicolae's Threshold), 1 to 3; `None` holds nothing back. The
     /// default of 2 is reached by a block that is rewritten in every second pass or oftener.
     pub threshold_writes: Option<u8>,
+    /// Send hot blocks before the stop where that makes a later delta smaller, as described above.
+    pub early_copies: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { threshold_writes: Some(2) }
+        Self { threshold_writes: Some(2), early_copies: true }
     }
 }
 
@@ -236,15 +245,9 @@ impl Mover {
     pub fn take(&mut self, max: usize, batch: &mut Vec<BlockVersion>) -> Taken {
         let end = batch.len().saturating_add(max);
         let mut taken = Taken::default();
-        for heat in Heat::SENT_AT_ONCE {
-            self.take_class(heat, Except::None, end, batch, &mut taken);
-        }
-        if self.mode == Mode::Final {
-            for heat in Heat::HELD_BACK {
-                self.take_class(heat, Except::None, end, batch, &mut taken);
-            }
-        } else if batch.len() < end && self.held_back_may_go() {
-            self.take_held_back(end, batch, &mut taken);
+        match self.mode {
+            Mode::Final => self.take_classes(&Heat::ALL, Except::None, end, batch, &mut taken),
+            Mode::Live => self.take_live(end, batch, &mut taken),
         }
         self.statistics.sent += taken.blocks();
         taken
@@ -277,7 +280,7 @@ impl Mover {
         self.owed[heat as usize].len()
     }
 
-    /// Blocks owed that wait because they are hot.
+    /// Blocks owed that are hot.
     pub fn held_back(&self) -> u64 {
         Heat::HELD_BACK.into_iter().map(|heat| self.owed_of(heat)).sum()
     }
@@ -316,19 +319,28 @@ impl Mover {
         self.write_counts.len() as u64 + bitmaps.map(Bitmap::memory_bytes).sum::<u64>()
     }
 
-    /// Nothing cooler is owed, so the link would idle.
-    fn held_back_may_go(&self) -> bool {
-        Heat::SENT_AT_ONCE.into_iter().all(|heat| self.owed[heat as usize].is_empty())
+    fn take_live(&mut self, end: usize, batch: &mut Vec<BlockVersion>, taken: &mut Taken) {
+        if self.owed_first_time > 0 {
+            let classes: &[Heat] = if self.settings.early_copies { &Heat::ALL } else { &Heat::NOT_HELD_BACK };
+            self.take_classes(classes, Except::Sent, end, batch, taken);
+        }
+        self.take_classes(&Heat::NOT_HELD_BACK, Except::None, end, batch, taken);
+        let would_idle = Heat::NOT_HELD_BACK.into_iter().all(|heat| self.owed_of(heat) == 0);
+        if self.settings.early_copies && would_idle {
+            self.take_classes(&Heat::HELD_BACK, Except::SentInPass, end, batch, taken);
+        }
     }
 
-    fn take_held_back(&mut self, end: usize, batch: &mut Vec<BlockVersion>, taken: &mut Taken) {
-        if self.owed_first_time > 0 {
-            for heat in Heat::HELD_BACK {
-                self.take_class(heat, Except::Sent, end, batch, taken);
-            }
-        }
-        for heat in Heat::HELD_BACK {
-            self.take_class(heat, Except::SentInPass, end, batch, taken);
+    fn take_classes(
+        &mut self,
+        classes: &[Heat],
+        except: Except,
+        end: usize,
+        batch: &mut Vec<BlockVersion>,
+        taken: &mut Taken,
+    ) {
+        for &heat in classes {
+            self.take_class(heat, except, end, batch, taken);
         }
     }
 

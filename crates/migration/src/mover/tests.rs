@@ -59,21 +59,26 @@ impl Naive {
         ahead.or_else(|| self.blocks.range(..cursor).find(|(_, known)| fits(known))).map(|(&block, _)| block)
     }
 
-    fn pick_any(&self) -> Option<u64> {
-        let cooler = Heat::SENT_AT_ONCE.into_iter().find_map(|heat| self.pick(heat, |_| true));
-        let held_back =
-            |may_go: fn(&Known) -> bool| Heat::HELD_BACK.into_iter().find_map(|heat| self.pick(heat, may_go));
-        match cooler {
-            Some(block) => Some(block),
-            None if self.is_final => held_back(|_| true),
-            None => held_back(|known| !known.sent).or_else(|| held_back(|known| !known.sent_in_pass)),
+    fn pick_any(&self, early_copies: bool) -> Option<u64> {
+        let cool = [Heat::Untouched, Heat::Cool, Heat::Warm];
+        let hot = [Heat::Hot, Heat::Hottest];
+        let first = |classes: &[Heat], may_go: fn(&Known) -> bool| {
+            classes.iter().find_map(|&heat| self.pick(heat, may_go))
+        };
+        if self.is_final {
+            return first(&cool, |_| true).or_else(|| first(&hot, |_| true));
         }
+        let hot: &[Heat] = if early_copies { &hot } else { &[] };
+        first(&cool, |known| !known.sent)
+            .or_else(|| first(hot, |known| !known.sent))
+            .or_else(|| first(&cool, |_| true))
+            .or_else(|| first(hot, |known| !known.sent_in_pass))
     }
 
-    fn take(&mut self, max: usize) -> Vec<BlockVersion> {
+    fn take(&mut self, max: usize, early_copies: bool) -> Vec<BlockVersion> {
         let mut batch = Vec::new();
         while batch.len() < max
-            && let Some(block) = self.pick_any()
+            && let Some(block) = self.pick_any(early_copies)
         {
             let known = self.blocks.get_mut(&block).unwrap();
             let heat = Self::heat(known);
@@ -107,8 +112,8 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 
 proptest! {
     #[test]
-    fn behaves_as_the_model_does(steps in steps()) {
-        let mut mover = Mover::new(BLOCKS, Settings::default());
+    fn behaves_as_the_model_does(steps in steps(), early_copies: bool) {
+        let mut mover = Mover::new(BLOCKS, Settings { early_copies, ..Settings::default() });
         let mut naive = Naive::default();
         for step in steps {
             match step {
@@ -117,7 +122,7 @@ proptest! {
                     let mut batch = Vec::new();
                     let taken = mover.take(max, &mut batch);
                     prop_assert_eq!(taken.blocks(), batch.len() as u64);
-                    prop_assert_eq!(batch, naive.take(max));
+                    prop_assert_eq!(batch, naive.take(max, early_copies));
                 }
                 Step::NextPass => {
                     mover.next_pass();
@@ -176,8 +181,18 @@ fn hot_blocks_wait_for_cooler_ones_and_go_once_a_pass() {
 }
 
 #[test]
+fn without_early_copies_hot_blocks_wait_for_the_stop() {
+    let mut mover = hot_mover();
+    mover.settings.early_copies = false;
+    let mut batch = Vec::new();
+    assert_eq!(mover.take(64, &mut batch).blocks(), 0);
+    mover.set_mode(Mode::Final);
+    assert_eq!(mover.take(64, &mut batch), Taken { first_time: 10, again: 0 });
+}
+
+#[test]
 fn without_a_threshold_nothing_is_held_back() {
-    let mut mover = Mover::new(BLOCKS, Settings { threshold_writes: None });
+    let mut mover = Mover::new(BLOCKS, Settings { threshold_writes: None, ..Settings::default() });
     for _ in 0..40 {
         mover.owe(BlockId(1)).unwrap();
     }

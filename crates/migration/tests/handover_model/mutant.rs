@@ -1,6 +1,6 @@
 //! Guards that can be taken away, to see that the checker notices.
 
-use godwit_migration::handover::{Action, Outcome, RecordState, Sync};
+use godwit_migration::handover::{Action, Message, Outcome, RecordState, Sync};
 
 use crate::{
     BACK_IN_TIME, DESTROYED, INCOMPLETE, RUNNABLE_BESIDE_RUNNING, TWO_RUNNING, UNSETTLED, WOKEN, world::Side,
@@ -108,11 +108,7 @@ impl Mutant {
             (Self::SourceWakesPaused, Side::Source, Action::AbortMigration, _) => {
                 vec![action, Action::ContinueGuest]
             }
-            (Self::SourceForgetsToAsk, _, Action::Send(message), _)
-                if matches!(message, godwit_migration::handover::Message::Query { .. }) =>
-            {
-                vec![]
-            }
+            (Self::SourceForgetsToAsk, _, Action::Send(Message::Query { .. }), _) => vec![],
             _ => vec![action],
         }
     }
