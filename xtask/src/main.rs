@@ -1,4 +1,4 @@
-//! Everything a developer runs: `cargo xtask setup|lab|demo|test|tidy`.
+//! Everything a developer runs: `cargo xtask setup|lab|demo|test|bench|tidy`.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -32,6 +32,8 @@ enum Task {
         #[arg(long)]
         long: bool,
     },
+    /// Run the benches.
+    Bench,
     /// Check the map of the crates, and the sources for length and names.
     Tidy,
     /// Migrate a busy guest with godwit and with QEMU alone, over the same link, and compare.
@@ -69,6 +71,7 @@ fn run(task: Task) -> Result<()> {
         Task::Setup => setup::run(),
         Task::Lab { rate, round_trip } => lab::run(rate, Duration::from_millis(round_trip)),
         Task::Test { long } => test::run(long),
+        Task::Bench => test::bench(),
         Task::Tidy => tidy::run(),
         Task::Demo { json, only, workload, rate, round_trip } => {
             demo::run(&demo::Request { json, only, workload, rate, round_trip })

@@ -35,6 +35,18 @@ pub(crate) fn run(long: bool) -> Result<()> {
     Ok(())
 }
 
+/// Runs all benches.
+///
+/// # Errors
+/// When one doesn't build or fails.
+pub(crate) fn bench() -> Result<()> {
+    setup::run()?;
+    match cargo(&["bench", "--workspace", "--benches"])? {
+        Count { failed: 0, .. } => Ok(()),
+        _ => bail!("a bench failed"),
+    }
+}
+
 /// Tests and checks by their result.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 struct Count {
