@@ -284,9 +284,10 @@ impl<'a> Control<'a> {
         let Some(run_state) = self.stop.guest_did else {
             return self.abort("QEMU stopped the guest before it was let".into());
         };
+        // The stream may tell it before the event does; only the event has the time.
+        self.stop.stopped_unix_us = self.stop.stopped_unix_us.or(stopped_unix_us);
         if self.stop.stopped_at.is_none() {
             self.stop.stopped_at = Some(Instant::now());
-            self.stop.stopped_unix_us = stopped_unix_us;
             let mut stage = self.threads.stage.lock();
             stage.mover.set_mode(Mode::Final);
             self.stop.sent_before = stage.mover.statistics().sent;
