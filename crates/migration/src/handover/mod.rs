@@ -27,7 +27,7 @@
 //!      │  kill the source's QEMU
 //!
 //!   Settled ◄──────────────── Refused n ────────────────────────────  Refused: record "refused n" (fsync),
-//!      │  record "owner", cont if the guest ran                                kill QEMU, then say so
+//!      │  cont if the guest ran, record "owner"                                kill QEMU, then say so
 //! ```
 //!
 //! # Who has the machine, and what failure leaves behind
@@ -56,6 +56,8 @@
 //! 4. A refusal is legal until the guest may have run, even if `cont` was tried and failed.
 //! 5. The source's QEMU is killed only when the target has taken the machine.
 //! 6. A guest that didn't run before the stop isn't continued, on either side.
+//! 7. A record that ends the hand-over is written after what it stands for: "owner" at the source after `cont`, so that
+//!    a crash in between repeats it. One that promises something is written before it is said.
 
 mod record;
 mod source;
@@ -249,3 +251,6 @@ pub enum Outcome {
         reason: String,
     },
 }
+
+#[cfg(test)]
+mod tests;

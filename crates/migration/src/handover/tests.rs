@@ -1,0 +1,195 @@
+//! What is easier to read as a transcript than as a property; `tests/handover_model` tries everything else.
+
+use super::*;
+
+const FIRST: Epoch = Epoch(1);
+
+fn source() -> Source {
+    Source::new(&Record::created(), SourceSettings::new("b"))
+}
+
+fn target() -> Target {
+    Target::new(None, "a")
+}
+
+fn record(state: RecordState) -> Record {
+    Record { epoch: FIRST, state }
+}
+
+/// Short forms of actions, so that transcripts fit on lines.
+fn brief(actions: &[Action]) -> Vec<String> {
+    let one = |action: &Action| match action {
+        Action::Persist { record, sync } => {
+            let json = serde_json::to_value(record).unwrap();
+            format!("{} {sync:?}", json["state"].as_str().unwrap())
+        }
+        Action::Send(message) => serde_json::to_value(message).unwrap()["say"].as_str().unwrap().into(),
+        Action::SendToken { .. } => "token".into(),
+        Action::Report(outcome) => format!("{outcome:?}").split([' ', '{']).next().unwrap().into(),
+        other => format!("{other:?}"),
+    };
+    actions.iter().map(one).collect()
+}
+
+fn opened_source() -> Source {
+    let mut source = source();
+    source.apply(SourceEvent::TargetReady);
+    source.apply(SourceEvent::PeerSays(Message::HandoverOpened { epoch: FIRST }));
+    source
+}
+
+fn given_source(run_state: RunState) -> Source {
+    let mut source = opened_source();
+    source.apply(SourceEvent::Decided);
+    source.apply(SourceEvent::Stopped { run_state });
+    source.apply(SourceEvent::StateFlushed);
+    source
+}
+
+fn loading_target(run_state: RunState, leave_paused: bool) -> Target {
+    let mut target = target();
+    target.apply(TargetEvent::PeerSays(Message::OpenHandover { epoch: FIRST }));
+    target.apply(TargetEvent::TokenReceived { epoch: FIRST, run_state, leave_paused });
+    target.apply(TargetEvent::Verified);
+    target
+}
+
+#[test]
+fn a_source_gives_the_machine_away_in_four_steps() {
+    let mut source = source();
+    assert_eq!(
+        brief(&source.apply(SourceEvent::Decided)),
+        [""; 0],
+        "the gate stays shut until both have it on disk"
+    );
+    assert_eq!(brief(&source.apply(SourceEvent::TargetReady)), ["offered Before", "open_handover"]);
+    source.apply(SourceEvent::PeerSays(Message::HandoverOpened { epoch: FIRST }));
+    assert!(source.is_ready());
+    assert_eq!(brief(&source.apply(SourceEvent::Decided)), ["OpenGate"]);
+    let run_state = RunState::Running;
+    assert_eq!(brief(&source.apply(SourceEvent::Stopped { run_state })), ["offered Behind", "AnswerShut"]);
+    assert_eq!(brief(&source.apply(SourceEvent::StateFlushed)), ["given_away Behind", "token"]);
+    assert!(source.has_given_away());
+    let taken = Message::Taken { epoch: FIRST, resumed_unix_us: Some(7) };
+    assert_eq!(
+        brief(&source.apply(SourceEvent::PeerSays(taken))),
+        ["given_away Behind", "KillQemu", "HandedOver"]
+    );
+    assert!(source.is_settled());
+}
+
+#[test]
+fn a_target_runs_the_guest_when_loaded_and_synced() {
+    let mut target = target();
+    let open = TargetEvent::PeerSays(Message::OpenHandover { epoch: FIRST });
+    assert_eq!(brief(&target.apply(open)), ["awaited Before", "handover_opened"]);
+    let token =
+        TargetEvent::TokenReceived { epoch: FIRST, run_state: RunState::Running, leave_paused: false };
+    assert_eq!(brief(&target.apply(token)), ["Verify"]);
+    assert_eq!(brief(&target.apply(TargetEvent::Verified)), ["taking Behind", "Load"]);
+    assert_eq!(brief(&target.apply(TargetEvent::Loaded)), [""; 0]);
+    assert_eq!(brief(&target.apply(TargetEvent::Synced)), ["mine Behind", "ContinueGuest"]);
+    assert!(!target.may_refuse());
+    let running = TargetEvent::GuestRunning { resumed_unix_us: Some(7) };
+    assert_eq!(brief(&target.apply(running)), ["owner Behind", "taken", "Taken"]);
+}
+
+#[test]
+fn only_a_guest_that_ran_is_continued() {
+    for (run_state, leave_paused, continues) in [
+        (RunState::Running, false, true),
+        (RunState::Suspended, false, true),
+        (RunState::Running, true, false),
+        (RunState::Paused, false, false),
+        (RunState::IoError, false, false),
+        (RunState::Panicked, false, false),
+    ] {
+        let mut target = loading_target(run_state, leave_paused);
+        target.apply(TargetEvent::Loaded);
+        let actions = target.apply(TargetEvent::Synced);
+        assert_eq!(actions.contains(&Action::ContinueGuest), continues, "{run_state:?} {leave_paused}");
+    }
+    for (run_state, continues) in [(RunState::Running, true), (RunState::Paused, false)] {
+        let refused = Message::Refused { epoch: FIRST, reason: "no".into() };
+        let actions = given_source(run_state).apply(SourceEvent::PeerSays(refused));
+        assert_eq!(actions.contains(&Action::ContinueGuest), continues, "{run_state:?}");
+    }
+}
+
+#[test]
+fn a_refusal_is_on_disk_and_the_guest_dead_before_it_is_said() {
+    let mut target = loading_target(RunState::Running, false);
+    target.apply(TargetEvent::Loaded);
+    target.apply(TargetEvent::Synced);
+    let actions = target.apply(TargetEvent::ContFailed { reason: "disk is locked".into() });
+    assert_eq!(brief(&actions), ["refused Before", "KillQemu", "refused", "Refused"]);
+}
+
+#[test]
+fn silence_is_asked_about_then_reported_and_still_ends() {
+    let mut source = given_source(RunState::Running);
+    for _ in 0..5 {
+        assert_eq!(brief(&source.apply(SourceEvent::Timeout)), ["query"]);
+    }
+    assert_eq!(brief(&source.apply(SourceEvent::Timeout)), ["Unsettled"]);
+    assert_eq!(brief(&source.apply(SourceEvent::Timeout)), [""; 0]);
+    assert_eq!(brief(&source.apply(SourceEvent::LinkRestored)), ["query"]);
+    let refused = Message::Refused { epoch: FIRST, reason: "never heard of it".into() };
+    let actions = source.apply(SourceEvent::PeerSays(refused));
+    assert_eq!(brief(&actions), ["ContinueGuest", "owner Behind", "TakenBack"]);
+}
+
+#[test]
+fn a_cancelled_stop_is_undone_before_it_is_recorded() {
+    let mut source = opened_source();
+    source.apply(SourceEvent::Decided);
+    source.apply(SourceEvent::Stopped { run_state: RunState::Running });
+    let actions = source.apply(SourceEvent::Abort { reason: "operator".into() });
+    assert_eq!(brief(&actions), ["AbortMigration", "cancel", "ContinueGuest", "owner Behind", "TakenBack"]);
+}
+
+#[test]
+fn a_target_that_knows_nothing_refuses_durably_and_for_ever() {
+    let mut target = target();
+    let query = TargetEvent::PeerSays(Message::Query { epoch: FIRST });
+    assert_eq!(brief(&target.apply(query)), ["refused Before", "KillQemu", "refused", "Refused"]);
+    let late = TargetEvent::PeerSays(Message::OpenHandover { epoch: FIRST });
+    assert_eq!(brief(&target.apply(late)), ["refused"]);
+}
+
+#[test]
+fn a_machine_that_lives_here_is_not_overwritten() {
+    let mut target = Target::new(Some(Record::created()), "a");
+    for message in [Message::OpenHandover { epoch: FIRST }, Message::Query { epoch: FIRST }] {
+        assert_eq!(brief(&target.apply(TargetEvent::PeerSays(message))), ["refused"]);
+    }
+}
+
+#[test]
+fn records_say_who_may_run() {
+    let peer = || String::from("b");
+    let (granted, ask) = (Permission::Granted, Permission::AskFirst { peer: "b" });
+    let denied = Permission::Denied { holder: "b" };
+    let given = |settled| RecordState::GivenAway { peer: peer(), run_state: RunState::Running, settled };
+    for (state, same_boot, rebooted) in [
+        (RecordState::Owner, granted, granted),
+        (RecordState::Offered { peer: peer(), stopped: None }, granted, ask),
+        (given(false), ask, ask),
+        (given(true), denied, denied),
+        (RecordState::Awaited { peer: peer() }, denied, denied),
+        (RecordState::Taking { peer: peer(), start: true }, denied, granted),
+        (RecordState::Mine { peer: peer() }, granted, granted),
+        (RecordState::Refused { peer: peer() }, denied, denied),
+    ] {
+        let record = record(state);
+        assert_eq!((record.may_run(false), record.may_run(true)), (same_boot, rebooted), "{record:?}");
+    }
+}
+
+#[test]
+fn records_survive_their_file() {
+    let record = record(RecordState::Offered { peer: "b".into(), stopped: Some(RunState::IoError) });
+    let json = serde_json::to_string(&record).unwrap();
+    assert_eq!(json, r#"{"epoch":1,"state":"offered","peer":"b","stopped":"io-error"}"#);
+    assert_eq!(serde_json::from_str::<Record>(&json).unwrap(), record);
+}
