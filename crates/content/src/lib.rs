@@ -42,6 +42,7 @@ mod delta;
 mod digest;
 mod draft;
 mod encoder;
+mod governor;
 mod index;
 mod memory;
 mod queue;
@@ -55,6 +56,7 @@ pub use decoder::{DecodeError, Decoded, Decoder, DecoderLimits};
 pub use digest::Chain;
 pub use draft::{Batch, Draft};
 pub use encoder::{Encoder, EncoderLimits, Techniques};
+pub use governor::{Interval, LevelGovernor};
 pub use memory::{Memory, MemoryError, VecMemory};
 pub use tally::Tally;
 

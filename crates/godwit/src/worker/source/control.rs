@@ -319,6 +319,7 @@ impl<'a> Control<'a> {
         let passes = self.threads.pace.passes();
         let now_ms = self.clock.began.elapsed().as_millis() as u64;
         let course = self.pilot.look(now_ms, passes, &stage, &link);
+        self.threads.account.set_level(course.level);
         self.tell(&course.progress);
         if self.stop.gate_opened.is_some() {
             return vec![];
@@ -361,6 +362,7 @@ impl<'a> Control<'a> {
             in_flight_bytes: stats.in_flight_bytes + self.threads.account.waiting_bytes(),
             limit_bytes_per_second: self.bandwidth,
             rate_bytes_per_second: stats.delivery_rate_bytes_per_second,
+            efforts: self.threads.account.efforts(),
             round_trip_ms: stats.min_rtt.map(|time| time.as_secs_f64() * 1e3),
         }
     }

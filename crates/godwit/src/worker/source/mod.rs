@@ -20,7 +20,7 @@ mod stage;
 pub(crate) use self::guest::GuestError;
 use std::{sync::Arc, thread, time::Duration};
 
-use godwit_content::{Encoder, EncoderLimits};
+use godwit_content::{Encoder, EncoderLimits, LevelGovernor};
 use godwit_migration::{
     handover::{RunState, Source, SourceSettings},
     mover::{self, Mover},
@@ -51,8 +51,6 @@ use crate::{
 const RECONNECT: Duration = Duration::from_secs(60);
 /// How long the target may take to say welcome.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
-/// Level of zstd for batches: what one core compresses at several times the rate of a 100 Mbit/s link.
-const COMPRESSION_LEVEL: i32 = 3;
 /// How long a page is left alone after QEMU named it where QEMU emulates the processor; see `stage::Embargo`. Several
 /// time slices of a busy host.
 const TCG_EMBARGO: Duration = Duration::from_millis(10);
@@ -195,6 +193,8 @@ async fn start_threads(
     let return_path = stream.try_clone().map_err(WorkerError::ReturnPath)?;
 
     let account = Arc::new(Account::default());
+    let level = LevelGovernor::default().level();
+    account.set_level(level);
     let compressors = thread::available_parallelism().map_or(1, usize::from).min(4);
     let outbox = Outbox::start(SessionLink(session.clone()), wire::BATCH, compressors, account.clone());
     let pace = Arc::new(Pace::default());
@@ -206,8 +206,7 @@ async fn start_threads(
     thread::spawn(move || pump.run(|event| drop(told.blocking_send(Happened::Pump(event)))));
 
     let limit = job.options.base_limit_bytes.unwrap_or(map.page_count() * 4096 / 4);
-    let limits =
-        EncoderLimits { base_bytes: usize::try_from(limit).unwrap_or(usize::MAX), level: COMPRESSION_LEVEL };
+    let limits = EncoderLimits { base_bytes: usize::try_from(limit).unwrap_or(usize::MAX), level };
     let (sending, sent_through) = (stage.clone(), outbox.clone());
     let mut encoder = Encoder::new(limits);
     thread::spawn(move || {

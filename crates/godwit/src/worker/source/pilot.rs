@@ -2,6 +2,9 @@
 //!
 //! No clock and no I/O: times and counts come in, a [`Course`] comes out.
 
+use std::time::Duration;
+
+use godwit_content::{Interval, LevelGovernor};
 use godwit_migration::{
     mover::Taken,
     predict::{Backlog, Learned, Predictor},
@@ -19,6 +22,9 @@ const FAR_PASS_PERIOD_MS: u64 = 100;
 /// Between passes when the stop is near.
 const NEAR_PASS_PERIOD_MS: u64 = 25;
 
+/// How often the level of compression is thought over.
+const LEVEL_PERIOD_MS: u64 = 500;
+
 /// What the link did so far.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct LinkObservation {
@@ -30,6 +36,8 @@ pub(super) struct LinkObservation {
     /// What the operator allows.
     pub(super) limit_bytes_per_second: Option<u64>,
     pub(super) round_trip_ms: Option<f64>,
+    /// Processor time spent compressing, and time spent waiting for the link, so far.
+    pub(super) efforts: (Duration, Duration),
 }
 
 /// What the mover says, copied while its lock was held.
@@ -62,6 +70,8 @@ impl StageObservation {
 pub(super) struct Course {
     pub(super) verdict: Verdict,
     pub(super) pass_period_ms: u64,
+    /// zstd's, for batches to come.
+    pub(super) level: i32,
     pub(super) progress: Progress,
 }
 
@@ -69,6 +79,7 @@ pub(super) struct Course {
 pub(super) struct Pilot {
     policy: Box<dyn StopPolicy>,
     predictor: Predictor,
+    efforts: Efforts,
     target_ms: f64,
     pages_total: u64,
     passes: u64,
@@ -83,8 +94,15 @@ impl Pilot {
             StopPolicyName::Gate => Box::new(Gate::new(GateSettings::new(target_ms))),
             StopPolicyName::SmartStop => Box::new(SmartStop::new(SmartStopSettings::default())),
         };
-        let predictor = Predictor::new(Learned::default());
-        Self { policy, predictor, target_ms, pages_total, passes: 0, last_pass_ms: 0 }
+        Self {
+            policy,
+            predictor: Predictor::new(Learned::default()),
+            efforts: Efforts::default(),
+            target_ms,
+            pages_total,
+            passes: 0,
+            last_pass_ms: 0,
+        }
     }
 
     /// Learns what blocks of a batch took.
@@ -123,6 +141,7 @@ impl Pilot {
         Course {
             verdict,
             pass_period_ms: if is_near { NEAR_PASS_PERIOD_MS } else { FAR_PASS_PERIOD_MS },
+            level: self.efforts.level(now_ms, stage.owed_blocks > 0, link.efforts),
             progress: self.progress(&sample, stage, link, &backlog),
         }
     }
@@ -167,5 +186,31 @@ impl Pilot {
             predicted_downtime_ms: whole(sample.predicted_pause_ms),
             predicted_remaining_ms: self.predictor.remaining_ms(backlog, self.target_ms).and_then(whole),
         }
+    }
+}
+
+/// What sending has cost, in intervals in which there was always something to send.
+#[derive(Default)]
+struct Efforts {
+    governor: LevelGovernor,
+    since_ms: u64,
+    before: (Duration, Duration),
+}
+
+impl Efforts {
+    fn level(&mut self, now_ms: u64, is_busy: bool, now: (Duration, Duration)) -> i32 {
+        let elapsed_ms = now_ms - self.since_ms;
+        if is_busy && elapsed_ms >= LEVEL_PERIOD_MS {
+            self.governor.observe(&Interval {
+                elapsed: Duration::from_millis(elapsed_ms),
+                compressing: now.0.saturating_sub(self.before.0),
+                waiting_for_link: now.1.saturating_sub(self.before.1),
+            });
+        }
+        if !is_busy || elapsed_ms >= LEVEL_PERIOD_MS {
+            self.since_ms = now_ms;
+            self.before = now;
+        }
+        self.governor.level()
     }
 }

@@ -10,10 +10,11 @@
 use std::{
     sync::{
         Arc, Mutex, MutexGuard,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicI32, AtomicU64, Ordering},
         mpsc::{self, Receiver, SyncSender},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use bytes::Bytes;
@@ -54,6 +55,9 @@ pub(super) struct Account {
     left: Mutex<Left>,
     waiting_parcels: AtomicU64,
     stream_bytes: AtomicU64,
+    compressing_us: AtomicU64,
+    waiting_for_link_us: AtomicU64,
+    level: AtomicI32,
 }
 
 #[derive(Debug, Default)]
@@ -80,6 +84,17 @@ impl Account {
     /// The batches that left since the last call, and their encoded bytes.
     pub(super) fn news(&self) -> Vec<(Taken, u64)> {
         std::mem::take(&mut self.left().news)
+    }
+
+    /// Processor time spent compressing, and time spent waiting for the link, so far.
+    pub(super) fn efforts(&self) -> (Duration, Duration) {
+        let time = |us: &AtomicU64| Duration::from_micros(us.load(Ordering::Acquire));
+        (time(&self.compressing_us), time(&self.waiting_for_link_us))
+    }
+
+    /// Sets the level at which later batches are compressed.
+    pub(super) fn set_level(&self, level: i32) {
+        self.level.store(level, Ordering::Release);
     }
 
     /// Bytes of QEMU's own sections, sealed.
@@ -121,8 +136,8 @@ impl Outbox {
         let (parcels, queued) = mpsc::sync_channel(QUEUE_PARCELS);
         let drafted = Arc::new(Mutex::new(drafted));
         for _ in 0..compressors.max(1) {
-            let drafted = drafted.clone();
-            thread::spawn(move || compress(&drafted));
+            let (drafted, account) = (drafted.clone(), account.clone());
+            thread::spawn(move || compress(&drafted, &account));
         }
         let sending = account.clone();
         thread::spawn(move || deliver(link, batch_kind, &queued, &sending));
@@ -148,24 +163,27 @@ impl Outbox {
 
 type Drafts = Receiver<(Draft, SyncSender<SealedBatch>)>;
 
-fn compress(drafts: &Mutex<Drafts>) {
+fn compress(drafts: &Mutex<Drafts>, account: &Account) {
     let mut compressor = Compressor::new();
     loop {
         let next = drafts.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).recv();
         let Ok((draft, sealed)) = next else { return };
+        let batch = timed(&account.compressing_us, || draft.seal(&mut compressor));
         // Nobody waits for it once the link is closed.
-        let _ = sealed.send(draft.seal(&mut compressor));
+        let _ = sealed.send(batch);
     }
 }
 
 fn deliver(mut link: impl Link, batch_kind: u8, parcels: &Receiver<Parcel>, account: &Account) {
     while let Ok(parcel) = parcels.recv() {
         let sent = match parcel {
-            Parcel::Ready { kind, payload } => link.send(kind, payload),
+            Parcel::Ready { kind, payload } => {
+                timed(&account.waiting_for_link_us, || link.send(kind, payload))
+            }
             Parcel::Sealing { batch, taken } => {
                 let Ok(batch) = batch.recv() else { return };
                 account.batch_leaves(&batch, taken);
-                link.send(batch_kind, batch.bytes.into())
+                timed(&account.waiting_for_link_us, || link.send(batch_kind, batch.bytes.into()))
             }
         };
         account.waiting_parcels.fetch_sub(1, Ordering::AcqRel);
@@ -173,6 +191,14 @@ fn deliver(mut link: impl Link, batch_kind: u8, parcels: &Receiver<Parcel>, acco
             return;
         }
     }
+}
+
+/// Does `work` and adds the microseconds that it took.
+fn timed<T>(total_us: &AtomicU64, work: impl FnOnce() -> T) -> T {
+    let began = Instant::now();
+    let result = work();
+    total_us.fetch_add(began.elapsed().as_micros() as u64, Ordering::AcqRel);
+    result
 }
 
 /// Why the sender stopped before everything was sent.
@@ -208,6 +234,7 @@ pub(super) fn send_all(
 ) -> Result<Sent, SendError> {
     let mut batches = 0;
     while let Some(batch) = next_batch(stage)? {
+        encoder.set_level(outbox.account.level.load(Ordering::Acquire));
         outbox.put_draft(encoder.draft(&batch.blocks, batch.contents), batch.taken)?;
         batches += 1;
     }

@@ -1,0 +1,129 @@
+//! Which level of zstd pays: by what waits for what.
+//!
+//! A slow link with time to spare wants a higher level; a fast one, or a busy host, a lower one. Compressing takes
+//! processor time from the guests of the host, so a higher level is only tried while it takes little of it.
+
+use std::time::Duration;
+
+/// Levels, each about half as fast as the one before.
+const LEVELS: [i32; 6] = [-5, -1, 1, 3, 6, 9];
+/// Where it begins: [`LEVELS`]\[3\].
+const FIRST: usize = 3;
+/// The link is what limits while sending waits for it for this share of the time.
+const LINK_LIMITS: f64 = 0.5;
+/// The link idles while sending waits for it for no more than this share.
+const LINK_IDLES: f64 = 0.1;
+/// Share of one core that compressing may take if a higher level, which takes twice as much, is to be tried.
+const ROOM: f64 = 0.2;
+/// Share of one core beyond which it takes too much from the guests while the link is what limits.
+const TOO_MUCH: f64 = 0.6;
+
+/// What happened since the last look.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Interval {
+    /// How long it was.
+    pub elapsed: Duration,
+    /// Processor time spent compressing, over all threads.
+    pub compressing: Duration,
+    /// Time in which sending waited for the link.
+    pub waiting_for_link: Duration,
+}
+
+/// Chooses the level of zstd for batches that are still to come.
+///
+/// ```
+/// use std::time::Duration;
+/// use godwit_content::{Interval, LevelGovernor};
+///
+/// let mut governor = LevelGovernor::default();
+/// let before = governor.level();
+/// let slow_link = Interval {
+///     elapsed: Duration::from_secs(1),
+///     compressing: Duration::from_millis(50),
+///     waiting_for_link: Duration::from_millis(950),
+/// };
+/// assert!(governor.observe(&slow_link) > before);
+/// ```
+#[derive(Clone, Debug)]
+pub struct LevelGovernor {
+    step: usize,
+}
+
+impl Default for LevelGovernor {
+    fn default() -> Self {
+        Self { step: FIRST }
+    }
+}
+
+impl LevelGovernor {
+    /// The level now.
+    pub fn level(&self) -> i32 {
+        LEVELS[self.step]
+    }
+
+    /// Takes what happened in an interval during which there was always something to send; returns the level from now
+    /// on. Half a second is a good interval.
+    pub fn observe(&mut self, interval: &Interval) -> i32 {
+        let elapsed = interval.elapsed.as_secs_f64();
+        if elapsed > 0.0 {
+            let waiting = interval.waiting_for_link.as_secs_f64() / elapsed;
+            let compressing = interval.compressing.as_secs_f64() / elapsed;
+            if waiting >= LINK_LIMITS && compressing <= ROOM {
+                self.step = (self.step + 1).min(LEVELS.len() - 1);
+            } else if waiting <= LINK_IDLES || compressing >= TOO_MUCH {
+                self.step = self.step.saturating_sub(1);
+            }
+        }
+        self.level()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A second on a link and a processor, at the level that the governor chose.
+    fn second(level: i32, link_bytes_per_second: f64, compressor_bytes_per_second: f64) -> Interval {
+        let slower =
+            2f64.powi(LEVELS.iter().position(|known| *known == level).unwrap() as i32 - FIRST as i32);
+        let compress_rate = compressor_bytes_per_second / slower;
+        let rate = link_bytes_per_second.min(compress_rate);
+        Interval {
+            elapsed: Duration::from_secs(1),
+            compressing: Duration::from_secs_f64(rate / compress_rate),
+            waiting_for_link: Duration::from_secs_f64(1.0 - rate / compress_rate),
+        }
+    }
+
+    fn settle(link: f64, compressor: f64) -> (i32, i32) {
+        let mut governor = LevelGovernor::default();
+        let mut levels: Vec<i32> = Vec::new();
+        for _ in 0..20 {
+            levels.push(governor.observe(&second(governor.level(), link, compressor)));
+        }
+        (levels[18], levels[19])
+    }
+
+    #[test]
+    fn a_slow_link_gets_the_highest_level() {
+        assert_eq!(settle(1e6, 100e6), (9, 9));
+    }
+
+    #[test]
+    fn a_fast_link_gets_the_lowest_level() {
+        assert_eq!(settle(10e9, 100e6), (-5, -5));
+    }
+
+    #[test]
+    fn in_between_it_stays_where_it_is() {
+        assert_eq!(settle(30e6, 100e6), (3, 3));
+    }
+
+    #[test]
+    fn a_level_that_fits_is_not_left_again() {
+        for link in [1e6, 3e6, 1e7, 3e7, 1e8, 3e8, 1e9, 1e10] {
+            let (before, last) = settle(link, 100e6);
+            assert_eq!(before, last, "link of {link} bytes/s");
+        }
+    }
+}
