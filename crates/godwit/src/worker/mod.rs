@@ -99,6 +99,9 @@ pub(crate) enum WorkerError {
     /// Its memory can't be reached.
     #[error(transparent)]
     Memory(#[from] godwit_qemu::memory::ProcessMemoryError),
+    /// Its memory isn't where it should be.
+    #[error(transparent)]
+    Proof(#[from] target::ProofError),
     /// `--verify full` without access to memory.
     #[error("--verify full needs to read the guest's memory, which isn't permitted here")]
     CannotVerify,

@@ -7,7 +7,7 @@ use godwit_migration::{
     wire::{self, Message, Token, TransferOptions},
 };
 use godwit_qemu::{
-    qmp::{Client, Event},
+    qmp::{Client, Event, QmpError},
     return_path,
 };
 use godwit_transport::session::{Lane, Session};
@@ -19,7 +19,7 @@ use tokio::{
 use super::intake::{Arrived, IntakeError};
 use crate::{
     job::{self, Command, Happening, Job, Phase},
-    token::{Durability, Store},
+    token::{Durability, Store, TokenError},
     worker::{
         WorkerError,
         account::{ReportDraft, one_line},
@@ -59,8 +59,8 @@ pub(super) enum Happened {
     IntakeFailed(IntakeError),
     /// QEMU says something on its return path.
     ReturnPath(return_path::Message),
-    /// The newest record is on disk.
-    Synced,
+    /// The newest record is on disk, or can't get there.
+    Synced(Result<(), TokenError>),
     /// A message of the source.
     Peer(Result<Message, wire::DecodeError>),
     /// The session ended.
@@ -187,7 +187,8 @@ impl<'a> Control<'a> {
                 tracing::debug!(?message, "return path");
                 vec![]
             }
-            Happened::Synced => self.parts.handover.apply(TargetEvent::Synced),
+            Happened::Synced(Ok(())) => self.parts.handover.apply(TargetEvent::Synced),
+            Happened::Synced(Err(error)) => self.abort(one_line(&error)),
             Happened::Peer(Ok(Message::Handover(message))) => {
                 self.parts.handover.apply(TargetEvent::PeerSays(message))
             }
@@ -292,9 +293,7 @@ impl Control<'_> {
                 self.parts.store.save(record, Durability::Written)?;
                 let (store, tell) = (self.parts.store.clone(), self.parts.tell.clone());
                 tokio::task::spawn_blocking(move || {
-                    if store.sync().is_ok() {
-                        drop(tell.blocking_send(Happened::Synced));
-                    }
+                    drop(tell.blocking_send(Happened::Synced(store.sync())));
                 });
             }
         }
@@ -321,11 +320,14 @@ impl Control<'_> {
         }
     }
 
+    /// Lets the guest run. Only QEMU's own *no* proves that it hasn't run for an instant; after any other failure it may
+    /// have, and then it is this host's: RESUME, or the end of QEMU, will tell.
     async fn continue_guest(&mut self) {
         let Err(error) = self.parts.monitor.cont().await else { return };
-        let runs = self.parts.monitor.query_status().await.is_ok_and(|status| status.running);
-        if !runs {
-            let reason = one_line(&error);
+        let reason = one_line(&error);
+        self.journal.warn(reason.clone());
+        let is_paused = self.parts.monitor.query_status().await.is_ok_and(|status| !status.running);
+        if is_paused && matches!(error, QmpError::Refused { .. }) {
             let failed = self.parts.handover.apply(TargetEvent::ContFailed { reason });
             if let Err(error) = Box::pin(self.carry_out(failed)).await {
                 self.journal.warn(one_line(&error));

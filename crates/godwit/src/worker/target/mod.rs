@@ -10,6 +10,9 @@
 mod control;
 mod door;
 mod intake;
+mod proof;
+
+pub(crate) use self::proof::ProofError;
 
 use std::{
     collections::BTreeMap,
@@ -30,10 +33,12 @@ use godwit_transport::{
     session::{AcceptConfig, Lane, Limits, Session, Timeouts},
 };
 use tokio::sync::mpsc;
+use xxhash_rust::xxh3::xxh3_128;
 
 use self::{
     control::{Control, Happened, Order},
     intake::{Arrived, Intake, IntakeError},
+    proof::prove_addresses,
 };
 use super::{MONITOR_TIMEOUT, WorkerError, account::ReportDraft, journal::Journal, memory_map::MemoryMap};
 use crate::{
@@ -79,6 +84,7 @@ async fn receive(
     let map = MemoryMap::of(&monitor).await?;
     let memory = ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges())?;
     memory.probe()?;
+    prove_addresses(&monitor, job.pid.unsigned_abs(), &map, word_of(&job.id)).await?;
     journal.say(Happening::Ready);
 
     let session = accept(job, streams).await?;
@@ -95,6 +101,11 @@ async fn receive(
     journal.say(Happening::Phase { phase: Phase::PreCopy });
     let parts = control::Parts { monitor, session, store, handover, orders, tell, events };
     Control::new(job, journal, parts, hello.options, draft).run(commands).await
+}
+
+/// Sixteen bytes that the paused machine's memory surely doesn't hold yet.
+fn word_of(id: &str) -> [u8; 16] {
+    xxh3_128(id.as_bytes()).to_le_bytes()
 }
 
 /// Makes QEMU listen for its stream and connects to it.
