@@ -46,6 +46,8 @@ pub(crate) struct Job {
     pub peer_address: Option<SocketAddr>,
     /// Directory with `ca.pem`, `host.pem`, `host.key`.
     pub identity_dir: PathBuf,
+    /// File in which the source keeps what pauses towards this peer taught (source only).
+    pub learned: Option<PathBuf>,
     /// The epoch that this migration tries to hand over.
     pub epoch: u64,
     /// What the operator chose.

@@ -200,6 +200,7 @@ impl Agent {
             peer: peer.to_string(),
             peer_address: None,
             identity_dir: self.config.identity_dir.clone(),
+            learned: None,
             epoch: request.epoch,
             options: request.options.clone(),
         }

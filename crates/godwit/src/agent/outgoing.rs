@@ -46,9 +46,10 @@ impl Agent {
             qmp: running.adopted_qmp.clone().unwrap_or(own_monitor),
             pid: running.process.pid,
             host: self.config.name.to_string(),
-            peer: request.to,
+            peer: request.to.clone(),
             peer_address: Some(peer.address),
             identity_dir: self.config.identity_dir.clone(),
+            learned: Some(self.state.learned(&request.to)),
             epoch: epoch.0,
             options: request.options,
         };

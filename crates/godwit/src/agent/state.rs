@@ -8,6 +8,7 @@
 //!                            /token.json  who may run it (see `crate::token`)
 //!                            /qemu.pid qmp.sock qmp-migration.sock console.sock qemu.log
 //!            /migrations/<id>/…           see `crate::job`
+//!            /learned/<peer>.json         what pauses towards a peer taught
 //! ```
 //!
 //! Files are replaced by renaming, so that a crash leaves the old or the new one. Everything an agent knows about
@@ -67,7 +68,8 @@ impl StateDir {
     /// # Errors
     /// [`StateError::Locked`] if another agent has it, or what the file system says.
     pub(crate) fn open(root: &Path) -> Result<Self, StateError> {
-        for directory in [root.to_owned(), root.join("machines"), root.join("migrations")] {
+        let inner = ["machines", "migrations", "learned"].map(|name| root.join(name));
+        for directory in [root.to_owned()].into_iter().chain(inner) {
             make_private_dir(&directory)?;
         }
         let root = root.canonicalize().map_err(at(root))?;
@@ -88,6 +90,12 @@ impl StateDir {
     #[must_use]
     pub(crate) fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The file for what pauses towards a peer taught.
+    #[must_use]
+    pub(crate) fn learned(&self, peer: &str) -> PathBuf {
+        self.root.join("learned").join(format!("{peer}.json"))
     }
 
     /// A machine's place, whether there is one or not.

@@ -1,12 +1,15 @@
 //! The report of a migration while it is being filled in.
 
-use std::{error::Error, time::Instant};
+use std::time::Instant;
 
 use godwit_content::Tally;
 use nix::sys::resource::{UsageWho, getrusage};
 
 use super::WorkerError;
-use crate::job::{Job, Outcome, Report, Role, Techniques};
+use crate::{
+    job::{Job, Outcome, Report, Techniques},
+    output::one_line,
+};
 
 /// A report in the making; it becomes one when the worker ends.
 pub(super) struct ReportDraft {
@@ -17,35 +20,8 @@ pub(super) struct ReportDraft {
 impl ReportDraft {
     /// Begins the account of a migration, now.
     pub(super) fn new(job: &Job) -> Self {
-        let (source, target) = match job.role {
-            Role::Source => (&job.host, &job.peer),
-            Role::Target => (&job.peer, &job.host),
-        };
-        let report = Report {
-            id: job.id.clone(),
-            machine: job.spec.name.clone(),
-            role: job.role,
-            source: source.clone(),
-            target: target.clone(),
-            outcome: Outcome::Failed,
-            detail: None,
-            machine_is_at: Some(source.clone()),
-            total_ms: 0,
-            downtime_ms: None,
-            downtime_source_ms: None,
-            round_trip_ms: None,
-            predicted_downtime_ms: None,
-            wire_bytes: 0,
-            techniques: Techniques::default(),
-            device_state_bytes: 0,
-            passes: 0,
-            versions_named: 0,
-            versions_coalesced: 0,
-            pages_in_pause: 0,
-            peak_memory_bytes: 0,
-            cpu_seconds: 0.0,
-            pages_verified: None,
-        };
+        let mut report = job.report(Outcome::Failed);
+        report.machine_is_at = Some(report.source.clone());
         Self { began: Instant::now(), report }
     }
 
@@ -100,18 +76,4 @@ impl ReportDraft {
         self.report.detail = Some(one_line(error));
         self.finish()
     }
-}
-
-/// An error and its causes in one line.
-pub(super) fn one_line(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        let text = error.to_string();
-        if !line.ends_with(&text) {
-            line = format!("{line}: {text}");
-        }
-        cause = error.source();
-    }
-    line.replace('\n', " ")
 }

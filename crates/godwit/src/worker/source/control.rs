@@ -5,6 +5,7 @@ use std::{io::Write, os::unix::net::UnixStream, sync::Arc, time::Duration};
 use godwit_migration::{
     handover::{self, Action, Outcome, RunState, Source, SourceEvent, Sync},
     mover::Mode,
+    predict,
     stop::Verdict,
     wire::{self, Digest, Message, Token},
 };
@@ -17,6 +18,7 @@ use tokio::{
 
 use super::{
     guest::Guest,
+    learned,
     pilot::{LinkObservation, Pilot, StageObservation},
     pump::{Pace, PumpEvent},
     run_state,
@@ -25,14 +27,9 @@ use super::{
 };
 use crate::{
     job::{self, Command, Happening, Job, Phase},
+    output::one_line,
     token::{Durability, Store},
-    worker::{
-        WorkerError,
-        account::{ReportDraft, one_line},
-        end_qemu,
-        journal::Journal,
-        verify,
-    },
+    worker::{WorkerError, account::ReportDraft, end_qemu, journal::Journal, verify},
 };
 
 /// How often the pilot looks.
@@ -128,6 +125,8 @@ struct Stop {
     stopped_unix_us: Option<u64>,
     stopped_at: Option<Instant>,
     sent_before: u64,
+    /// What the link and QEMU's stream had carried when the guest stopped.
+    carried_before: (u64, u64),
     /// QEMU's migration is: it won't run the guest by itself any more.
     is_completed: bool,
     sent: Option<Sent>,
@@ -159,7 +158,7 @@ impl<'a> Control<'a> {
         };
         Self {
             qemu_events: guest.monitor.events(),
-            pilot: Pilot::new(&job.options, pages_total),
+            pilot: Pilot::new(&job.options, learned::load(job.learned.as_deref()), pages_total),
             job,
             journal,
             guest,
@@ -291,6 +290,8 @@ impl<'a> Control<'a> {
             let mut stage = self.threads.stage.lock();
             stage.mover.set_mode(Mode::Final);
             self.stop.sent_before = stage.mover.statistics().sent;
+            self.stop.carried_before =
+                (self.session.stats().acked_bytes, self.threads.account.stream_bytes());
         }
         self.threads.stage.wake();
         self.handover.apply(SourceEvent::Stopped { run_state })
@@ -542,5 +543,24 @@ impl Control<'_> {
             report.pages_verified = self.threads.verify.as_ref().map(ProcessMemory::pages);
             report.downtime_source_ms = Some(stopped_at.elapsed().as_secs_f64() * 1e3 - travel_ms);
         }
+        self.learn();
+    }
+    /// Keeps what this pause taught for the next migration to this peer.
+    fn learn(&mut self) {
+        let (Some(pause_ms), Some(opened), Some(stopped)) =
+            (self.draft.report.downtime_ms, self.stop.gate_opened, self.stop.stopped_at)
+        else {
+            return;
+        };
+        let (acked_before, stream_before) = self.stop.carried_before;
+        let device_state_bytes = self.threads.account.stream_bytes() - stream_before;
+        let carried = self.session.stats().acked_bytes - acked_before;
+        let learned = self.pilot.pause_was(&predict::Outcome {
+            pause_ms,
+            memory_bytes: carried.saturating_sub(device_state_bytes),
+            device_state_bytes,
+            decision_to_stop_ms: (stopped - opened).as_secs_f64() * 1e3,
+        });
+        learned::save(self.job.learned.as_deref(), &learned);
     }
 }

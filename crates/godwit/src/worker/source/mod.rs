@@ -12,13 +12,18 @@
 
 mod control;
 mod guest;
+mod learned;
 mod pilot;
 mod pump;
 mod sender;
 mod stage;
 
 pub(crate) use self::guest::GuestError;
-use std::{sync::Arc, thread, time::Duration};
+use std::{
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
 
 use godwit_content::{Encoder, EncoderLimits, LevelGovernor};
 use godwit_migration::{
@@ -200,7 +205,8 @@ async fn start_threads(
     let pace = Arc::new(Pace::default());
     let pages = PageNumbers::new(map.first_pages());
     let courier = StreamCourier::new(outbox.clone());
-    let pump = Pump { stream, pages, stage: stage.clone(), pace: pace.clone(), courier };
+    let pump =
+        Pump { stream, pages, stage: stage.clone(), pace: pace.clone(), courier, heat_since: Instant::now() };
     let (tell, events) = mpsc::channel(THREAD_EVENTS);
     let told = tell.clone();
     thread::spawn(move || pump.run(|event| drop(told.blocking_send(Happened::Pump(event)))));

@@ -7,7 +7,7 @@ use std::time::Duration;
 use godwit_content::{Interval, LevelGovernor};
 use godwit_migration::{
     mover::Taken,
-    predict::{Backlog, Learned, Predictor},
+    predict::{Backlog, Learned, Outcome, Predictor},
     stop::{Gate, GateSettings, Sample, SmartStop, SmartStopSettings, StopPolicy, Verdict},
 };
 
@@ -88,7 +88,7 @@ pub(super) struct Pilot {
 
 impl Pilot {
     /// A pilot that has seen nothing.
-    pub(super) fn new(options: &Options, pages_total: u64) -> Self {
+    pub(super) fn new(options: &Options, learned: Learned, pages_total: u64) -> Self {
         let target_ms = options.downtime_target_ms as f64;
         let policy: Box<dyn StopPolicy> = match options.stop_policy {
             StopPolicyName::Gate => Box::new(Gate::new(GateSettings::new(target_ms))),
@@ -96,7 +96,7 @@ impl Pilot {
         };
         Self {
             policy,
-            predictor: Predictor::new(Learned::default()),
+            predictor: Predictor::new(learned),
             efforts: Efforts::default(),
             target_ms,
             pages_total,
@@ -108,6 +108,12 @@ impl Pilot {
     /// Learns what blocks of a batch took.
     pub(super) fn batch_left(&mut self, taken: Taken, encoded_bytes: u64) {
         self.predictor.observe_batch(taken.first_time, taken.again, encoded_bytes);
+    }
+
+    /// Learns from the pause that has happened; returns what is known now.
+    pub(super) fn pause_was(&mut self, outcome: &Outcome) -> Learned {
+        self.predictor.observe_outcome(outcome);
+        self.predictor.learned()
     }
 
     /// Looks at the state of things `now_ms` after the beginning, when QEMU has made `passes` passes.

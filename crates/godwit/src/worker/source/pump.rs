@@ -13,7 +13,7 @@ use std::{
         Arc, Condvar, Mutex, MutexGuard,
         atomic::{AtomicU64, Ordering},
     },
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use godwit_content::{BLOCK_BYTES, BlockId};
@@ -27,6 +27,9 @@ use super::{
 
 /// Bytes read from QEMU at once.
 const READ_BYTES: usize = 512 * 1024;
+
+/// Heat means something over passes of this length at least; near the stop they are shorter.
+const HEAT_PERIOD: Duration = Duration::from_millis(100);
 
 /// What the pump tells the rest of the worker.
 #[derive(Debug)]
@@ -136,6 +139,8 @@ pub(super) struct Pump {
     pub(super) stage: Arc<SharedStage>,
     pub(super) pace: Arc<Pace>,
     pub(super) courier: StreamCourier,
+    /// When the mover's heat was last let decay.
+    pub(super) heat_since: Instant,
 }
 
 /// Which pages of the stream are numbered, and how; the others stay in the stream.
@@ -215,7 +220,10 @@ impl Pump {
         }
         if relay.passes.is_through(permit) {
             relay.passes = Passes::default();
-            self.stage.lock().mover.next_pass();
+            if self.heat_since.elapsed() >= HEAT_PERIOD {
+                self.heat_since = Instant::now();
+                self.stage.lock().mover.next_pass();
+            }
             self.pace.pass_ended();
         }
         Ok(())

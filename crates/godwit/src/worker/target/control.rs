@@ -19,13 +19,9 @@ use tokio::{
 use super::intake::{Arrived, IntakeError};
 use crate::{
     job::{self, Command, Happening, Job, Phase},
+    output::one_line,
     token::{Durability, Store, TokenError},
-    worker::{
-        WorkerError,
-        account::{ReportDraft, one_line},
-        end_qemu,
-        journal::Journal,
-    },
+    worker::{WorkerError, account::ReportDraft, end_qemu, journal::Journal},
 };
 
 /// How long the target goes without a sign of life before it asks the hand-over what that means. The session's own

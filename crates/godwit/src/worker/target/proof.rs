@@ -42,7 +42,8 @@ pub(super) async fn prove_addresses(
     word: [u8; WORD_BYTES],
 ) -> Result<(), ProofError> {
     let host_address = address_of_zero(monitor).await?;
-    let inside = |range: &MemoryRange| (range.host_address..range.host_address + range.bytes).contains(&host_address);
+    let inside =
+        |range: &MemoryRange| (range.host_address..range.host_address + range.bytes).contains(&host_address);
     if !map.ranges().iter().any(inside) {
         return Err(ProofError::Elsewhere);
     }
@@ -77,7 +78,5 @@ async fn guest_word(monitor: &Client) -> Result<[u8; WORD_BYTES], ProofError> {
         .flat_map(|(_, bytes)| bytes.split_whitespace())
         .map(|byte| u8::from_str_radix(byte.trim_start_matches("0x"), 16).ok())
         .collect();
-    bytes
-        .and_then(|bytes| bytes.try_into().ok())
-        .ok_or(ProofError::Answer { command: COMMAND, answer })
+    bytes.and_then(|bytes| bytes.try_into().ok()).ok_or(ProofError::Answer { command: COMMAND, answer })
 }
