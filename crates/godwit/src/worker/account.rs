@@ -43,6 +43,13 @@ impl ReportDraft {
         self.report.detail = Some(detail);
     }
 
+    /// Only the target knows.
+    pub(super) fn unsettled(&mut self, detail: String) {
+        self.report.outcome = Outcome::Unsettled;
+        self.report.machine_is_at = None;
+        self.report.detail = Some(detail);
+    }
+
     /// Takes over what was sent.
     pub(super) fn techniques(&mut self, tally: &Tally) {
         self.report.techniques = Techniques {

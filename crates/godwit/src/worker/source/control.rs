@@ -183,9 +183,24 @@ impl<'a> Control<'a> {
         while self.outcome.is_none() {
             let happened = self.next(&mut commands, &mut ticks).await;
             let actions = self.apply(happened);
-            self.carry_out_or_abort(actions).await?;
+            if let Err(error) = self.carry_out_or_abort(actions).await {
+                return self.break_off(error).await;
+            }
         }
         self.end().await
+    }
+
+    /// Nothing goes any more: leaves the guest to run here if it still may, and otherwise says that only the target knows.
+    async fn break_off(self, error: WorkerError) -> Result<(), WorkerError> {
+        self.threads.pace.close();
+        self.threads.stage.close();
+        if self.handover.has_given_away() {
+            self.draft.unsettled(one_line(&error));
+            return Ok(());
+        }
+        self.guest.give_up().await?;
+        self.guest.put_back().await?;
+        Err(error)
     }
 
     async fn next(
@@ -407,7 +422,7 @@ impl Control<'_> {
             }
             Action::AbortMigration => self.abort_migration().await?,
             Action::ContinueGuest => self.guest.resume().await?,
-            Action::KillQemu => end_qemu(&self.guest.monitor, self.job.pid).await?,
+            Action::KillQemu => self.end_qemu().await,
             Action::Report(outcome) => self.outcome = Some(outcome),
             // These are the target's.
             Action::Verify | Action::Load => {}
@@ -482,6 +497,13 @@ impl Control<'_> {
         Ok(())
     }
 
+    /// The machine runs at the target; what is left of it here harms nobody, even if it doesn't go.
+    async fn end_qemu(&self) {
+        if let Err(error) = end_qemu(&self.guest.monitor, self.job.pid).await {
+            self.journal.warn(one_line(&error));
+        }
+    }
+
     async fn abort_migration(&mut self) -> Result<(), WorkerError> {
         self.threads.pace.close();
         self.threads.stage.close();
@@ -496,10 +518,8 @@ impl Control<'_> {
         match self.outcome.take() {
             Some(Outcome::HandedOver { resumed_unix_us }) => self.handed_over(resumed_unix_us),
             Some(Outcome::Unsettled) => {
-                self.draft.report.outcome = job::Outcome::Unsettled;
-                self.draft.report.machine_is_at = None;
-                self.draft.report.detail =
-                    Some(format!("the token left for {} and no answer came; ask there", self.job.peer));
+                self.draft
+                    .unsettled(format!("the token left for {} and no answer came; ask there", self.job.peer));
             }
             Some(Outcome::TakenBack { reason } | Outcome::Died { reason } | Outcome::Refused { reason }) => {
                 self.guest.put_back().await?;

@@ -3,7 +3,7 @@
 use std::{sync::mpsc as std_mpsc, time::Duration};
 
 use godwit_migration::{
-    handover::{self, Action, Outcome, Sync, Target, TargetEvent},
+    handover::{self, Action, Outcome, RecordState, Sync, Target, TargetEvent},
     wire::{self, Message, Token, TransferOptions},
 };
 use godwit_qemu::{
@@ -256,12 +256,50 @@ impl<'a> Control<'a> {
     }
 }
 
+/// What it means that an action failed.
+enum Failing {
+    /// The refusal isn't on disk, so it can't be said.
+    Refusal,
+    /// A record isn't on disk.
+    Record,
+    Other,
+}
+
+impl Failing {
+    fn of(action: &Action) -> Self {
+        match action {
+            Action::Persist { record, .. } if matches!(record.state, RecordState::Refused { .. }) => {
+                Self::Refusal
+            }
+            Action::Persist { .. } => Self::Record,
+            _ => Self::Other,
+        }
+    }
+}
+
 /// Acting.
 impl Control<'_> {
+    /// Carries out `actions`. Where one fails, the hand-over is refused if it still can be; once it can't, the machine is
+    /// here, and no failure of ours may cost it.
     async fn carry_out(&mut self, actions: Vec<Action>) -> Result<(), WorkerError> {
         for action in actions {
             tracing::debug!(?action, "hand-over");
-            self.act(action).await?;
+            let failing = Failing::of(&action);
+            let Err(error) = self.act(action).await else { continue };
+            let reason = one_line(&error);
+            let instead = match failing {
+                Failing::Refusal => return Err(error),
+                _ if self.parts.handover.may_refuse() => self.abort(reason.clone()),
+                // The guest isn't continued without its record; see `Action`.
+                Failing::Record => {
+                    self.parts.handover.apply(TargetEvent::ContFailed { reason: reason.clone() })
+                }
+                Failing::Other => vec![],
+            };
+            if !instead.is_empty() {
+                return Box::pin(self.carry_out(instead)).await;
+            }
+            self.journal.warn(reason);
         }
         Ok(())
     }
