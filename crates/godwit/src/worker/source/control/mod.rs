@@ -1,15 +1,17 @@
 //! The loop of the source's worker: one place that awaits, one that decides, one that acts.
 
-use std::{io::Write, os::unix::net::UnixStream, sync::Arc, time::Duration};
+mod acting;
+mod ending;
+
+use std::{os::unix::net::UnixStream, sync::Arc, time::Duration};
 
 use godwit_migration::{
-    handover::{self, Action, Outcome, RunState, Source, SourceEvent, Sync},
+    handover::{Action, Outcome, RunState, Source, SourceEvent},
     mover::Mode,
-    predict,
     stop::Verdict,
-    wire::{self, Digest, Message, Token},
+    wire::{self, Message},
 };
-use godwit_qemu::{memory::ProcessMemory, qmp::Event, return_path};
+use godwit_qemu::{memory::ProcessMemory, qmp::Event};
 use godwit_transport::session::{Lane, Session, SessionError};
 use tokio::{
     sync::{broadcast, mpsc},
@@ -21,15 +23,14 @@ use super::{
     learned,
     pilot::{LinkObservation, Pilot, StageObservation},
     pump::{Pace, PumpEvent},
-    run_state,
     sender::{Account, Outbox, SendError, Sent, StreamSum},
     stage::SharedStage,
 };
 use crate::{
-    job::{self, Command, Happening, Job, Phase},
+    job::{self, Command, Happening, Job},
     output::one_line,
-    token::{Durability, Store},
-    worker::{WorkerError, account::ReportDraft, end_qemu, journal::Journal, verify},
+    token::Store,
+    worker::{WorkerError, account::ReportDraft, journal::Journal},
 };
 
 /// How often the pilot looks.
@@ -391,196 +392,5 @@ impl<'a> Control<'a> {
             self.clock.last_progress = Instant::now();
             self.journal.say(Happening::Progress(progress.clone()));
         }
-    }
-}
-
-/// Acting.
-impl Control<'_> {
-    /// Carries out `actions`; where one fails, the migration is aborted as far as it still can be.
-    async fn carry_out_or_abort(&mut self, actions: Vec<Action>) -> Result<(), WorkerError> {
-        let Err(error) = self.carry_out(actions).await else { return Ok(()) };
-        let actions = self.abort(one_line(&error));
-        if actions.is_empty() { Err(error) } else { self.carry_out(actions).await }
-    }
-
-    async fn carry_out(&mut self, actions: Vec<Action>) -> Result<(), WorkerError> {
-        for action in actions {
-            tracing::debug!(?action, "hand-over");
-            self.act(action).await?;
-        }
-        Ok(())
-    }
-
-    async fn act(&mut self, action: Action) -> Result<(), WorkerError> {
-        match action {
-            Action::Persist { record, sync } => self.persist(&record, sync)?,
-            Action::Send(message) => self.send(message).await?,
-            Action::OpenGate => self.open_gate().await?,
-            Action::AnswerShut => self.answer(&return_path::Message::Shut(0))?,
-            Action::SendToken { epoch, run_state, leave_paused } => {
-                self.send_token(epoch, run_state, leave_paused).await?;
-            }
-            Action::AbortMigration => self.abort_migration().await?,
-            Action::ContinueGuest => self.guest.resume().await?,
-            Action::KillQemu => self.end_qemu().await,
-            Action::Report(outcome) => self.outcome = Some(outcome),
-            // These are the target's.
-            Action::Verify | Action::Load => {}
-        }
-        Ok(())
-    }
-
-    fn persist(&self, record: &handover::Record, sync: Sync) -> Result<(), WorkerError> {
-        match sync {
-            Sync::Before => self.store.save(record, Durability::Synced)?,
-            Sync::Behind => {
-                self.store.save(record, Durability::Written)?;
-                let store = self.store.clone();
-                tokio::task::spawn_blocking(move || store.sync());
-            }
-        }
-        Ok(())
-    }
-
-    async fn send(&self, message: handover::Message) -> Result<(), WorkerError> {
-        if self.session_over {
-            return Ok(());
-        }
-        let (kind, body) = wire::encode(&Message::Handover(message))?;
-        // A link that is lost is told by the session itself.
-        let _ = self.session.send(Lane::Urgent, kind, body).await;
-        Ok(())
-    }
-
-    async fn open_gate(&mut self) -> Result<(), WorkerError> {
-        self.stop.guest_did = Some(run_state(self.guest.monitor.query_status().await?.state));
-        self.stop.gate_opened = Some(Instant::now());
-        self.answer(&return_path::Message::SwitchoverAck)?;
-        self.threads.pace.free();
-        self.guest.allow_stop().await?;
-        self.journal.say(Happening::Phase { phase: Phase::Switchover });
-        Ok(())
-    }
-
-    fn answer(&mut self, message: &return_path::Message) -> Result<(), WorkerError> {
-        self.threads.return_path.write_all(&return_path::encode(message)).map_err(WorkerError::ReturnPath)
-    }
-
-    async fn send_token(
-        &mut self,
-        epoch: handover::Epoch,
-        run_state: RunState,
-        leave_paused: bool,
-    ) -> Result<(), WorkerError> {
-        let (Some(sent), Some(stream)) = (&self.stop.sent, &self.stop.stream) else { return Ok(()) };
-        let token = Token {
-            epoch,
-            run_state,
-            leave_paused,
-            batches: sent.batches,
-            chain: Digest(sent.chain.to_bytes()),
-            stream_bytes: stream.bytes,
-            stream_digest: Digest(stream.digest),
-            stopped_unix_us: self.stop.stopped_unix_us.unwrap_or_default(),
-        };
-        let (kind, body) = wire::encode(&Message::Token(token))?;
-        let threads = &self.threads;
-        tokio::task::block_in_place(|| {
-            if let Some(memory) = &threads.verify {
-                let _ = threads.outbox.put(wire::VERIFY, verify::digests(memory)?.into());
-            }
-            // Behind everything else; a link that is lost is told by the session itself.
-            let _ = threads.outbox.put(kind, body);
-            Ok::<_, WorkerError>(())
-        })?;
-        self.journal.say(Happening::Phase { phase: Phase::HandedOver });
-        Ok(())
-    }
-
-    /// The machine runs at the target; what is left of it here harms nobody, even if it doesn't go.
-    async fn end_qemu(&self) {
-        if let Err(error) = end_qemu(&self.guest.monitor, self.job.pid).await {
-            self.journal.warn(one_line(&error));
-        }
-    }
-
-    async fn abort_migration(&mut self) -> Result<(), WorkerError> {
-        self.threads.pace.close();
-        self.threads.stage.close();
-        Ok(self.guest.give_up().await?)
-    }
-}
-
-/// Ending.
-impl Control<'_> {
-    async fn end(mut self) -> Result<(), WorkerError> {
-        self.fill_in();
-        match self.outcome.take() {
-            Some(Outcome::HandedOver { resumed_unix_us }) => self.handed_over(resumed_unix_us),
-            Some(Outcome::Unsettled) => {
-                self.draft
-                    .unsettled(format!("the token left for {} and no answer came; ask there", self.job.peer));
-            }
-            Some(Outcome::TakenBack { reason } | Outcome::Died { reason } | Outcome::Refused { reason }) => {
-                self.guest.put_back().await?;
-                let outcome = if self.cancelled { job::Outcome::Cancelled } else { job::Outcome::Failed };
-                self.draft.taken_back(outcome, reason);
-            }
-            Some(Outcome::Taken) | None => {}
-        }
-        self.threads.pace.close();
-        self.threads.stage.close();
-        // What the target still has to know is on its way; whether it arrives doesn't change how this ended.
-        let _ = tokio::time::timeout(Duration::from_secs(2), self.session.close()).await;
-        self.journal.say(Happening::Phase { phase: Phase::Done });
-        Ok(())
-    }
-
-    fn fill_in(&mut self) {
-        let stats = self.session.stats();
-        let mover = StageObservation::of(&self.threads.stage.lock());
-        self.draft.techniques(&self.threads.account.tally());
-        let report = &mut self.draft.report;
-        report.wire_bytes = stats.wire_bytes;
-        report.round_trip_ms = stats.min_rtt.map(|time| time.as_secs_f64() * 1e3);
-        report.device_state_bytes = self.threads.account.stream_bytes();
-        report.passes = self.threads.pace.passes();
-        report.versions_named = mover.named;
-        report.versions_coalesced = mover.coalesced;
-        if self.stop.stopped_at.is_some() {
-            report.pages_in_pause = mover.sent - self.stop.sent_before;
-        }
-    }
-
-    fn handed_over(&mut self, resumed_unix_us: Option<u64>) {
-        self.draft.completed();
-        let report = &mut self.draft.report;
-        if let (Some(stopped), Some(resumed)) = (self.stop.stopped_unix_us, resumed_unix_us) {
-            report.downtime_ms = Some((resumed as f64 - stopped as f64) / 1e3);
-        }
-        if let Some(stopped_at) = self.stop.stopped_at {
-            let travel_ms = report.round_trip_ms.unwrap_or_default() / 2.0;
-            report.pages_verified = self.threads.verify.as_ref().map(ProcessMemory::pages);
-            report.downtime_source_ms = Some(stopped_at.elapsed().as_secs_f64() * 1e3 - travel_ms);
-        }
-        self.learn();
-    }
-    /// Keeps what this pause taught for the next migration to this peer.
-    fn learn(&mut self) {
-        let (Some(pause_ms), Some(opened), Some(stopped)) =
-            (self.draft.report.downtime_ms, self.stop.gate_opened, self.stop.stopped_at)
-        else {
-            return;
-        };
-        let (acked_before, stream_before) = self.stop.carried_before;
-        let device_state_bytes = self.threads.account.stream_bytes() - stream_before;
-        let carried = self.session.stats().acked_bytes - acked_before;
-        let learned = self.pilot.pause_was(&predict::Outcome {
-            pause_ms,
-            memory_bytes: carried.saturating_sub(device_state_bytes),
-            device_state_bytes,
-            decision_to_stop_ms: (stopped - opened).as_secs_f64() * 1e3,
-        });
-        learned::save(self.job.learned.as_deref(), &learned);
     }
 }
