@@ -187,11 +187,12 @@ async fn start_threads(
         Verify::Full => Some(ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges())?),
         Verify::Digest => None,
     };
-    let contents: Box<dyn Contents> = match memory {
-        Some(memory) => Box::new(Direct::new(memory)),
-        None => Box::new(Inline::default()),
+    let is_emulated = !guest.monitor.query_kvm().await?;
+    let (contents, embargo): (Box<dyn Contents>, _) = match memory {
+        Some(memory) if is_emulated => (Box::new(Direct::new(memory)), TCG_EMBARGO),
+        Some(memory) => (Box::new(Direct::new(memory)), Duration::ZERO),
+        None => (Box::new(Inline::default()), Duration::ZERO),
     };
-    let embargo = if guest.monitor.query_kvm().await? { Duration::ZERO } else { TCG_EMBARGO };
     let mover = Mover::new(map.page_count(), mover::Settings::default());
     let stage = Arc::new(SharedStage::new(mover, contents, embargo));
     let stream = guest.open_stream(&super::stream_socket(&job.machine_dir)).await?;

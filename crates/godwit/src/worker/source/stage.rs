@@ -21,6 +21,8 @@ use godwit_qemu::{
 
 /// Pages that the inline stage holds at most: 16 MiB.
 const INLINE_PAGES_MAX: usize = 4096;
+/// Pages, also such as need no room for contents, that the inline stage knows at most before QEMU has to wait.
+const INLINE_ENTRIES_MAX: usize = 65_536;
 /// Pages compared with QEMU's stream at once, in the pause.
 const COMPARED_AT_ONCE: usize = 64;
 /// Longest time that a wait goes without looking again.
@@ -295,24 +297,66 @@ impl Suspects {
     }
 }
 
-/// Keeps the newest contents that QEMU's stream carried.
+/// Keeps the newest contents that QEMU's stream carried. Not under an embargo: a page that was named twice would be owed
+/// once more after its contents had gone.
 #[derive(Default)]
 pub(super) struct Inline {
-    pages: HashMap<BlockId, Vec<u8>>,
+    pages: HashMap<BlockId, Kept>,
+    /// Contents, a slot each.
+    slots: Vec<u8>,
+    free: Vec<usize>,
+}
+
+#[derive(Clone, Copy)]
+enum Kept {
+    /// Every byte has this value; a read from QEMU can bring tens of thousands of these.
+    Fill(u8),
+    Slot(usize),
+}
+
+impl Inline {
+    fn used_slots(&self) -> usize {
+        self.slots.len() / BLOCK_BYTES - self.free.len()
+    }
+
+    fn free(&mut self, kept: Option<Kept>) {
+        if let Some(Kept::Slot(slot)) = kept {
+            self.free.push(slot);
+        }
+    }
+
+    fn keep(&mut self, page: &[u8; BLOCK_BYTES]) -> Kept {
+        let slot = self.free.pop().unwrap_or_else(|| {
+            self.slots.resize(self.slots.len() + BLOCK_BYTES, 0);
+            self.slots.len() / BLOCK_BYTES - 1
+        });
+        self.slots[slot * BLOCK_BYTES..][..BLOCK_BYTES].copy_from_slice(page);
+        Kept::Slot(slot)
+    }
 }
 
 impl Contents for Inline {
     fn named(&mut self, id: BlockId, content: &PageContent<'_>, _last: bool) -> Result<(), StageError> {
-        let page = self.pages.entry(id).or_default();
-        page.clear();
-        append(content, page);
+        let older = self.pages.remove(&id);
+        self.free(older);
+        let kept = match content {
+            PageContent::Zero(fill) => Kept::Fill(*fill),
+            PageContent::Bytes(page) => self.keep(page),
+        };
+        self.pages.insert(id, kept);
         Ok(())
     }
 
     fn read(&mut self, blocks: &[BlockVersion], contents: &mut Vec<u8>) -> Result<(), StageError> {
         for block in blocks {
-            let page = self.pages.remove(&block.id).ok_or(StageError::Missing { page: block.id.0 })?;
-            contents.extend_from_slice(&page);
+            let kept = self.pages.remove(&block.id).ok_or(StageError::Missing { page: block.id.0 })?;
+            match kept {
+                Kept::Fill(fill) => contents.resize(contents.len() + BLOCK_BYTES, fill),
+                Kept::Slot(slot) => {
+                    contents.extend_from_slice(&self.slots[slot * BLOCK_BYTES..][..BLOCK_BYTES])
+                }
+            }
+            self.free(Some(kept));
         }
         Ok(())
     }
@@ -322,7 +366,7 @@ impl Contents for Inline {
     }
 
     fn is_full(&self) -> bool {
-        self.pages.len() >= INLINE_PAGES_MAX
+        self.used_slots() >= INLINE_PAGES_MAX || self.pages.len() >= INLINE_ENTRIES_MAX
     }
 }
 
@@ -330,5 +374,88 @@ fn append(content: &PageContent<'_>, bytes: &mut Vec<u8>) {
     match content {
         PageContent::Zero(fill) => bytes.resize(bytes.len() + BLOCK_BYTES, *fill),
         PageContent::Bytes(page) => bytes.extend_from_slice(*page),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use godwit_migration::mover::Settings;
+
+    fn stage(contents: Box<dyn Contents>, embargo: Duration) -> Stage {
+        let mover = Mover::new(1 << 17, Settings::default());
+        Stage { mover, contents, embargo: Embargo::new(embargo), is_complete: false, is_closed: false }
+    }
+
+    fn name(stage: &mut Stage, id: u64, fill: u8, now: Instant) {
+        let page = [fill; BLOCK_BYTES];
+        stage.name(BlockId(id), &PageContent::Bytes(&page), false, now).unwrap();
+    }
+
+    #[test]
+    fn inline_sends_the_newest_version_once() {
+        let mut stage = stage(Box::new(Inline::default()), Duration::ZERO);
+        let now = Instant::now();
+        name(&mut stage, 7, 1, now);
+        name(&mut stage, 7, 2, now + EMBARGO_GRAIN * 2);
+        stage.name(BlockId(9), &PageContent::Zero(0), false, now).unwrap();
+        let batch = stage.take().unwrap().unwrap();
+        assert_eq!(
+            batch.blocks.iter().map(|block| block.id.0).collect::<Vec<_>>(),
+            [9, 7],
+            "the colder first"
+        );
+        assert_eq!(batch.contents, [[0; BLOCK_BYTES], [2; BLOCK_BYTES]].concat());
+        assert!(stage.take().unwrap().is_none());
+    }
+
+    #[test]
+    fn inline_reuses_its_room_and_says_when_it_is_full() {
+        let mut inline = Inline::default();
+        for round in 0..3 {
+            for id in 0..INLINE_PAGES_MAX as u64 {
+                assert!(!inline.is_full() || round > 0);
+                inline.named(BlockId(id), &PageContent::Bytes(&[round; BLOCK_BYTES]), false).unwrap();
+            }
+            assert!(inline.is_full());
+        }
+        assert_eq!(inline.slots.len(), INLINE_PAGES_MAX * BLOCK_BYTES);
+    }
+
+    #[test]
+    fn a_full_inline_stage_gives_even_what_is_held_back() {
+        let mut stage = stage(Box::new(Inline::default()), Duration::ZERO);
+        let now = Instant::now();
+        for fill in 0..8 {
+            name(&mut stage, 1, fill, now);
+            stage.take().unwrap();
+        }
+        assert!(stage.take().unwrap().is_none(), "hot, and sent in this pass already");
+        for id in 2..INLINE_PAGES_MAX as u64 + 1 {
+            name(&mut stage, id, 1, now);
+        }
+        let mut taken = Vec::new();
+        while stage.contents.is_full() {
+            taken.extend(stage.take().unwrap().unwrap().blocks.iter().map(|block| block.id.0));
+        }
+        assert!(!taken.is_empty());
+    }
+
+    #[test]
+    fn an_embargo_holds_a_page_back_and_loses_none() {
+        let mut embargo = Embargo::new(Duration::from_millis(10));
+        let began = Instant::now();
+        for ms in 0..5 {
+            embargo.hold(BlockId(ms), began + Duration::from_millis(ms));
+        }
+        assert!(embargo.release(began + Duration::from_millis(9)).is_none());
+        let mut released = Vec::new();
+        for ms in 10..20 {
+            while let Some(ids) = embargo.release(began + Duration::from_millis(ms)) {
+                released.extend(ids.into_iter().map(|id| (id.0, ms)));
+            }
+        }
+        assert_eq!(released, [(0, 11), (1, 12), (2, 13), (3, 14), (4, 15)]);
+        assert_eq!(embargo.held, 0);
     }
 }
