@@ -10,6 +10,7 @@
 //! One task awaits everything that can happen (`Control::next`) and applies it (`Control::apply`); the pump and the
 //! sender are threads of their own.
 
+mod contents;
 mod control;
 mod guest;
 mod learned;
@@ -40,11 +41,12 @@ use godwit_transport::{
 use tokio::sync::mpsc;
 
 use self::{
+    contents::{Contents, Direct, Inline},
     control::{Control, Happened, Threads},
     guest::Guest,
     pump::{Pace, PageNumbers, Pump},
     sender::{Account, Link, LinkClosed, Outbox, StreamCourier},
-    stage::{Contents, Direct, Inline, SharedStage},
+    stage::SharedStage,
 };
 use super::{MONITOR_TIMEOUT, WorkerError, account::ReportDraft, journal::Journal, memory_map::MemoryMap};
 use crate::{
