@@ -30,6 +30,8 @@ pub(crate) struct Request {
     /// Names of contenders; empty: all.
     pub(crate) only: Vec<String>,
     pub(crate) workload: String,
+    /// Options for `godwit migrate`.
+    pub(crate) migrate: Vec<String>,
     /// Mbit/s.
     pub(crate) rate: u64,
     /// Milliseconds.
@@ -41,6 +43,7 @@ struct Stage<'a> {
     lab: &'a Lab,
     image: &'a GuestImage,
     workload: &'a str,
+    migrate: &'a [String],
     /// The program.
     godwit: &'a Path,
 }
@@ -65,7 +68,13 @@ pub(crate) fn run(request: &Request) -> Result<()> {
     let godwit = if wanted(godwit::NAME) { godwit::build()? } else { PathBuf::new() };
     let round_trip = Duration::from_millis(request.round_trip);
     let lab = Lab::new(Shape::symmetric(request.rate, round_trip))?;
-    let stage = Stage { lab: &lab, image: &image, workload: &request.workload, godwit: &godwit };
+    let stage = Stage {
+        lab: &lab,
+        image: &image,
+        workload: &request.workload,
+        migrate: &request.migrate,
+        godwit: &godwit,
+    };
     println!(
         "a {GUEST_MEMORY_MB} MB guest ({}), over {} Mbit/s with a round trip of {} ms",
         request.workload, request.rate, request.round_trip

@@ -53,6 +53,9 @@ enum Task {
         /// Round trip of the link, milliseconds.
         #[arg(long, default_value_t = 20)]
         round_trip: u64,
+        /// More options for `godwit migrate`, such as `-- --early-announce`.
+        #[arg(last = true)]
+        migrate: Vec<String>,
     },
 }
 
@@ -73,8 +76,8 @@ fn run(task: Task) -> Result<()> {
         Task::Test { long } => test::run(long),
         Task::Bench => test::bench(),
         Task::Tidy => tidy::run(),
-        Task::Demo { json, only, workload, rate, round_trip } => {
-            demo::run(&demo::Request { json, only, workload, rate, round_trip })
+        Task::Demo { json, only, workload, rate, round_trip, migrate } => {
+            demo::run(&demo::Request { json, only, workload, rate, round_trip, migrate })
         }
     }
 }

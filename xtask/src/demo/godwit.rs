@@ -85,6 +85,8 @@ struct Hosts {
     program: PathBuf,
     a: Host,
     b: Host,
+    /// Options for `migrate`.
+    options: Vec<String>,
 }
 
 impl Hosts {
@@ -94,7 +96,9 @@ impl Hosts {
             let directory = stage.lab.directory_of(place)?;
             Ok(Host { place, directory, agent: None })
         };
-        let mut hosts = Hosts { program: program.to_owned(), a: host(Place::A)?, b: host(Place::B)? };
+        let options = stage.migrate.to_owned();
+        let mut hosts =
+            Hosts { program: program.to_owned(), a: host(Place::A)?, b: host(Place::B)?, options };
         let authority = stage.lab.directory().join("ca");
         hosts.say(&["ca".as_ref(), "init".as_ref(), authority.as_ref()])?;
         for host in [&hosts.a, &hosts.b] {
@@ -162,6 +166,7 @@ impl Hosts {
                 "--verify",
                 verify,
             ])
+            .args(&self.options)
             .stdout(Stdio::null())
             .status()?;
         let migration = self.ask(from, &["status", MACHINE])?;
