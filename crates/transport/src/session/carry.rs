@@ -62,7 +62,7 @@ async fn read_frames(
     loop {
         let reading = reader.read_buf(decoder.buffer());
         let read = match role {
-            // The other lane may rest; on this one the peer is heard every second.
+            // The peer may have no bulk to send; here it is heard every second.
             Role::Urgent => timeout(shared.silence(), reading)
                 .await
                 .map_err(|_| LinkError::Silent { silence: shared.silence() })?,
@@ -76,7 +76,6 @@ async fn read_frames(
         }
         if !frames.is_empty() {
             shared.receive(role, &mut frames)?;
-            shared.readable(role.lane()).await;
         }
     }
 }

@@ -456,8 +456,8 @@ fn new_session_id(config: &rustls::ClientConfig) -> Result<SessionId, SessionErr
 
 /// Small frames leave at once, and little waits unsent.
 ///
-/// No TCP_USER_TIMEOUT: it would also end a connection whose reader rests. The urgent lane's heartbeat notices a
-/// silent peer.
+/// No TCP_USER_TIMEOUT: it would also end a connection whose reader is slow. The urgent connection's heartbeat notices
+/// a silent peer.
 fn prepare(stream: &TcpStream) -> io::Result<()> {
     let socket = SockRef::from(stream);
     socket.set_tcp_nodelay(true)?;

@@ -27,8 +27,6 @@ pub(super) struct Shared {
     submitted: [Notify; 2],
     /// Per lane: a message may be waiting to be taken.
     arrived: [Notify; 2],
-    /// Messages were taken; a paused connection may be read from again.
-    taken: Notify,
     /// Something was acknowledged.
     acknowledged: Notify,
     ended: Notify,
@@ -48,7 +46,6 @@ impl Shared {
             state: Mutex::new(State { core: Core::new(limits, Instant::now()), end: None }),
             submitted: Default::default(),
             arrived: Default::default(),
-            taken: Notify::new(),
             acknowledged: Notify::new(),
             ended: Notify::new(),
         })
@@ -113,10 +110,10 @@ impl Shared {
             let arrived = self.arrived[lane.index()].notified();
             {
                 let mut state = self.lock();
-                let paused = !state.core.is_readable(lane);
+                let held_back = state.core.is_holding_back(lane);
                 if let Some(message) = state.core.take(lane) {
-                    if paused && state.core.is_readable(lane) {
-                        self.taken.notify_waiters();
+                    if held_back && !state.core.is_holding_back(lane) {
+                        self.submitted[Lane::Urgent.index()].notify_waiters();
                     }
                     return Ok(Some(message));
                 }
@@ -142,7 +139,7 @@ impl Shared {
         for notify in self.submitted.iter().chain(&self.arrived) {
             notify.notify_waiters();
         }
-        for notify in [&self.taken, &self.acknowledged, &self.ended] {
+        for notify in [&self.acknowledged, &self.ended] {
             notify.notify_waiters();
         }
     }
@@ -193,17 +190,6 @@ impl Shared {
             self.submitted[Lane::Urgent.index()].notify_waiters();
         }
         Ok(())
-    }
-
-    /// Waits until a lane's connections should be read from.
-    pub(super) async fn readable(&self, lane: Lane) {
-        loop {
-            let taken = self.taken.notified();
-            if self.lock().core.is_readable(lane) {
-                return;
-            }
-            taken.await;
-        }
     }
 
     fn announce_arrival(&self, lane: Lane) {

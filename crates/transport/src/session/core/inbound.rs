@@ -1,4 +1,7 @@
 //! What one lane has received: frames that came early, a message in the making, and messages ready to be taken.
+//!
+//! A connection is always read, because acknowledgements for the other direction come the same way. What bounds the
+//! messages that nobody takes is the sender's window: while there are many, further frames are not acknowledged.
 
 use std::collections::{BTreeMap, VecDeque};
 
@@ -13,12 +16,16 @@ use crate::session::{
 /// How far ahead of the expected frame others may be: what a sender may have unacknowledged, and one more message.
 const MAX_EARLY_FRAMES: u64 = 2 * MAX_UNACKNOWLEDGED_FRAMES as u64;
 /// How much they may take, likewise.
-pub(super) const MAX_EARLY_BYTES: usize = super::MAX_WINDOW_BYTES + 2 * MAX_PAYLOAD_BYTES;
+const MAX_EARLY_BYTES: usize = super::MAX_WINDOW_BYTES + 2 * MAX_PAYLOAD_BYTES;
 
 #[derive(Debug)]
 pub(super) struct Inbound {
     lane: Lane,
     next: u64,
+    /// What the peer is told; stays behind `next` while much waits to be taken.
+    acknowledged: u64,
+    /// So much may wait to be taken.
+    queue_bytes: usize,
     early: BTreeMap<u64, Frame>,
     early_bytes: usize,
     unfinished: Option<Message<BytesMut>>,
@@ -28,10 +35,12 @@ pub(super) struct Inbound {
 }
 
 impl Inbound {
-    pub(super) fn new(lane: Lane) -> Self {
+    pub(super) fn new(lane: Lane, queue_bytes: usize) -> Self {
         Self {
             lane,
             next: 0,
+            acknowledged: 0,
+            queue_bytes,
             early: BTreeMap::new(),
             early_bytes: 0,
             unfinished: None,
@@ -46,18 +55,24 @@ impl Inbound {
         self.next
     }
 
+    /// The sequence number below which everything is acknowledged.
+    pub(super) fn acknowledged(&self) -> u64 {
+        self.acknowledged
+    }
+
     pub(super) fn is_closed(&self) -> bool {
         self.closed
     }
 
-    /// Bytes of messages that nobody has taken; each counts a header too, so that empty ones are bounded.
-    pub(super) fn ready_bytes(&self) -> usize {
-        self.ready_bytes
+    /// Whether frames are not acknowledged because too much waits to be taken.
+    pub(super) fn is_holding_back(&self) -> bool {
+        self.acknowledged < self.next
     }
 
     pub(super) fn take(&mut self) -> Option<Message> {
         let message = self.ready.pop_front()?;
         self.ready_bytes -= HEADER_BYTES + message.payload.len();
+        self.acknowledge();
         Some(message)
     }
 
@@ -75,7 +90,14 @@ impl Inbound {
             self.early_bytes -= frame.wire_bytes();
             progress |= self.append(frame)?;
         }
+        self.acknowledge();
         Ok(progress)
+    }
+
+    fn acknowledge(&mut self) {
+        if self.ready_bytes < self.queue_bytes {
+            self.acknowledged = self.next;
+        }
     }
 
     fn keep_early(&mut self, frame: Frame) -> Result<(), Violation> {
@@ -124,7 +146,11 @@ impl Inbound {
                 Message { kind, payload: begun.payload.freeze() }
             }
         };
+        // Each counts a header too, so that empty messages are bounded as well.
         self.ready_bytes += HEADER_BYTES + message.payload.len();
+        if self.ready_bytes > self.queue_bytes + MAX_EARLY_BYTES {
+            return Err(Violation::Overrun { lane: self.lane });
+        }
         self.ready.push_back(message);
         Ok(true)
     }
@@ -149,7 +175,7 @@ mod tests {
 
     #[test]
     fn what_comes_early_is_bounded() {
-        let mut inbound = Inbound::new(Lane::Bulk);
+        let mut inbound = Inbound::new(Lane::Bulk, 0);
         let far = inbound.accept(frame(MAX_EARLY_FRAMES + 1, 0, false, 0));
         assert!(matches!(far, Err(Violation::TooEarly { .. })));
         let mut kept = 0;
@@ -160,8 +186,24 @@ mod tests {
     }
 
     #[test]
+    fn what_nobody_takes_is_bounded() {
+        let mut inbound = Inbound::new(Lane::Bulk, 100);
+        inbound.accept(frame(0, 0, false, 60)).unwrap();
+        assert!(!inbound.is_holding_back());
+        inbound.accept(frame(1, 0, false, 60)).unwrap();
+        assert_eq!((inbound.next(), inbound.acknowledged()), (2, 1));
+        inbound.take().unwrap();
+        assert_eq!(inbound.acknowledged(), 2);
+        let mut sequence = 2;
+        while inbound.accept(frame(sequence, 0, false, MAX_PAYLOAD_BYTES)).is_ok() {
+            sequence += 1;
+        }
+        assert_eq!((sequence as usize - 2) * MAX_PAYLOAD_BYTES, MAX_EARLY_BYTES - MAX_PAYLOAD_BYTES);
+    }
+
+    #[test]
     fn a_message_that_never_ends_is_refused() {
-        let mut inbound = Inbound::new(Lane::Bulk);
+        let mut inbound = Inbound::new(Lane::Bulk, 0);
         inbound.accept(frame(0, 7, true, MAX_PAYLOAD_BYTES)).unwrap();
         assert_eq!(inbound.accept(frame(1, 7, true, 1)), Err(Violation::Message { lane: Lane::Bulk }));
     }

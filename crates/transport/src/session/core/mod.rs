@@ -53,7 +53,7 @@ pub struct Limits {
     /// Most unacknowledged bytes on the bulk lane; at most [`MAX_WINDOW_BYTES`]. The measured path usually asks for
     /// far less.
     pub window_bytes: usize,
-    /// Reading pauses while so many payload bytes of a lane wait to be taken.
+    /// Acknowledgements are held back, and so the peer is, while so many bytes of a lane wait to be taken.
     pub receive_queue_bytes: usize,
     /// Frames and TLS records sent per second; `None`: what the link gives.
     pub bandwidth_bytes_per_second: Option<u64>,
@@ -151,6 +151,12 @@ pub enum Violation {
         /// The lane.
         lane: Lane,
     },
+    /// More messages than the peer's window allows.
+    #[error("more {lane:?} messages than may wait to be taken")]
+    Overrun {
+        /// The lane.
+        lane: Lane,
+    },
     /// A frame after the peer closed.
     #[error("{lane:?} frame after the peer closed")]
     AfterClose {
@@ -218,7 +224,7 @@ impl Core {
         let limits = Limits { window_bytes: limits.window_bytes.min(MAX_WINDOW_BYTES), ..limits };
         Self {
             outbound: Lane::ALL.map(Outbound::new),
-            inbound: Lane::ALL.map(Inbound::new),
+            inbound: Lane::ALL.map(|lane| Inbound::new(lane, limits.receive_queue_bytes)),
             path: Path::new(limits.window_bytes, now),
             bucket: Bucket::new(limits.bandwidth_bytes_per_second, now),
             acks: Acks::new(now),
@@ -306,12 +312,18 @@ impl Core {
 
     /// The oldest message of a lane that nobody has taken.
     pub fn take(&mut self, lane: Lane) -> Option<Message> {
-        self.inbound[lane.index()].take()
+        let held_back = self.is_holding_back(lane);
+        let message = self.inbound[lane.index()].take();
+        if held_back && !self.is_holding_back(lane) {
+            self.acks.hurry();
+        }
+        message
     }
 
-    /// Whether a lane's connections should be read from: not while much waits to be taken.
-    pub fn is_readable(&self, lane: Lane) -> bool {
-        self.inbound[lane.index()].ready_bytes() < self.limits.receive_queue_bytes
+    /// Whether acknowledgements are held back until messages of the lane are taken. When [`Core::take`] changes that,
+    /// the urgent connection has an acknowledgement to send.
+    pub fn is_holding_back(&self, lane: Lane) -> bool {
+        self.inbound[lane.index()].is_holding_back()
     }
 
     /// What this side tells the peer when connections are made anew.
@@ -416,13 +428,16 @@ impl Core {
         payload: Bytes,
         now: Instant,
     ) -> Frame {
-        self.acks.sent(lane, now);
+        if lane == Lane::Urgent {
+            self.acks.sent(now);
+        }
         let frame_bytes = HEADER_BYTES + payload.len();
         let wire_bytes = frame_bytes + frame_bytes.div_ceil(RECORD_BYTES) * RECORD_OVERHEAD_BYTES;
         self.bucket.take(wire_bytes, now);
         self.stats.wire_bytes += wire_bytes as u64;
         let payload_bytes = payload.len() as u32;
-        let received = self.next_expected();
+        let [urgent, bulk] = &self.inbound;
+        let received = NextExpected { urgent: urgent.acknowledged(), bulk: bulk.acknowledged() };
         Frame { header: Header { lane, kind, content, payload_bytes, sequence, received }, payload }
     }
 

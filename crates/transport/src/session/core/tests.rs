@@ -26,6 +26,11 @@ enum Step {
         side: usize,
         connection: usize,
     },
+    /// The application takes what has arrived.
+    Take {
+        side: usize,
+        lane: Lane,
+    },
     /// A frame arrives once more, as after a resumption that raced with it.
     Repeat {
         side: usize,
@@ -40,14 +45,15 @@ enum Step {
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let side = 0..2usize;
     let connection = 0..ROLES.len();
-    let lane = prop_oneof![Just(Lane::Urgent), Just(Lane::Bulk)];
+    let lane = || prop_oneof![Just(Lane::Urgent), Just(Lane::Bulk)];
     let bytes = prop_oneof![0..64usize, 16_000..17_000usize, 0..200_000usize, Just(MAX_PAYLOAD_BYTES)];
     let step = prop_oneof![
-        4 => (side.clone(), lane, bytes).prop_map(|(side, lane, bytes)| Step::Submit { side, lane, bytes }),
+        4 => (side.clone(), lane(), bytes).prop_map(|(side, lane, bytes)| Step::Submit { side, lane, bytes }),
         8 => (side.clone(), connection.clone())
             .prop_map(|(side, connection)| Step::Transmit { side, connection }),
         8 => (side.clone(), connection.clone())
             .prop_map(|(side, connection)| Step::Deliver { side, connection }),
+        2 => (side.clone(), lane()).prop_map(|(side, lane)| Step::Take { side, lane }),
         1 => (side, connection).prop_map(|(side, connection)| Step::Repeat { side, connection }),
         1 => Just(Step::Cut),
         2 => (0..10u64).prop_map(|ms| Step::Wait { ms }),
@@ -68,9 +74,11 @@ struct Pair {
 impl Pair {
     fn new() -> Self {
         let now = Instant::now();
+        // Little enough that acknowledgements are held back often.
+        let limits = Limits { receive_queue_bytes: 100_000, ..Limits::default() };
         let mut pair = Self {
             now,
-            cores: [(), ()].map(|()| Core::new(Limits::default(), now)),
+            cores: [(), ()].map(|()| Core::new(limits.clone(), now)),
             wires: Default::default(),
             submitted: Default::default(),
             taken: Default::default(),
@@ -84,6 +92,7 @@ impl Pair {
             Step::Submit { side, lane, bytes } => self.submit(side, lane, bytes),
             Step::Transmit { side, connection } => drop(self.transmit(side, connection)),
             Step::Deliver { side, connection } => drop(self.deliver(side, connection)),
+            Step::Take { side, lane } => self.take(side, lane),
             Step::Repeat { side, connection } => {
                 let wire = &mut self.wires[side][connection];
                 wire.extend(wire.front().cloned());
@@ -118,15 +127,21 @@ impl Pair {
     /// Delivers the oldest frame that `side` has sent on a connection.
     fn deliver(&mut self, side: usize, connection: usize) -> bool {
         let Some(frame) = self.wires[side][connection].pop_front() else { return false };
-        let receiver = 1 - side;
-        self.cores[receiver].receive(ROLES[connection], frame, self.now).unwrap();
-        for lane in Lane::ALL {
-            while let Some(message) = self.cores[receiver].take(lane) {
-                assert!(message.payload.iter().all(|byte| *byte == message.kind));
-                self.taken[receiver][lane.index()].push((message.kind, message.payload.len()));
-            }
-        }
+        self.cores[1 - side].receive(ROLES[connection], frame, self.now).unwrap();
         true
+    }
+
+    fn take(&mut self, side: usize, lane: Lane) {
+        while let Some(message) = self.cores[side].take(lane) {
+            assert!(message.payload.iter().all(|byte| *byte == message.kind));
+            self.taken[side][lane.index()].push((message.kind, message.payload.len()));
+        }
+    }
+
+    fn take_all(&mut self) {
+        for side in 0..2 {
+            Lane::ALL.iter().for_each(|lane| self.take(side, *lane));
+        }
     }
 
     /// All connections break, whatever is on them is lost, and new ones are made.
@@ -144,6 +159,7 @@ impl Pair {
     /// Lets everything arrive.
     fn settle(&mut self) {
         for _ in 0..10_000 {
+            self.take_all();
             if self.cores.iter().all(Core::is_flushed) {
                 return;
             }
@@ -218,6 +234,23 @@ fn bulk_keeps_to_the_bandwidth_and_urgent_does_not_wait() {
     pair.submit(0, Lane::Urgent, 100);
     assert!(pair.transmit(0, 0));
     pair.settle();
+}
+
+/// A peer whose bulk connections are slow must still learn what arrived, and that we are there.
+#[test]
+fn bulk_frames_do_not_stand_in_for_acknowledgements_on_the_urgent_connection() {
+    let mut pair = Pair::new();
+    pair.submit(1, Lane::Bulk, 50_000);
+    pair.submit(0, Lane::Bulk, 50_000);
+    while pair.transmit(1, 1) && pair.deliver(1, 1) {}
+    while pair.transmit(0, 1) {}
+    pair.now += Duration::from_millis(5);
+    assert!(pair.transmit(0, 0), "no acknowledgement left on the urgent connection");
+    pair.deliver(0, 0);
+    assert!(pair.cores[1].is_flushed());
+    pair.submit(0, Lane::Bulk, 100);
+    pair.now += acks::HEARTBEAT;
+    assert!(pair.transmit(0, 1) && pair.transmit(0, 0), "no heartbeat left on the urgent connection");
 }
 
 /// One direction of a link with a queue that never drops: the worst case for what waits in it.
