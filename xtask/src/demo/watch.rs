@@ -63,7 +63,10 @@ impl<'a> Watch<'a> {
             wire_bytes: self.wire_bytes()?.since(before).total(),
             total_ms: milliseconds(span.started, span.ended),
             downtime_ms: None,
-            guest_progress_ratio: usual.zip(during).map(|(usual, during)| during / usual),
+            guest_progress_ratio: usual
+                .zip(during)
+                .map(|(usual, during)| during / usual)
+                .filter(|ratio| ratio.is_finite()),
             memory_digest_equal: None,
             largest_beat_gap: self.beat.largest_gap(span.started, span.ended + AFTER / 2),
         })
