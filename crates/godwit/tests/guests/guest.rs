@@ -1,0 +1,126 @@
+//! A guest that works and gives account of it, and its migrations.
+
+use std::{fs, time::Duration};
+
+use godwit_sim::{
+    guest_image::GuestImage,
+    lab::{FIRST_GUEST_ADDRESS, GUEST_BRIDGE, Place},
+    observer::Progress,
+};
+use serde_json::Value;
+
+use crate::hosts::{Answer, Host, Hosts, MACHINE, eventually};
+
+const BOOT_LIMIT: Duration = Duration::from_secs(40);
+const CHECK_LIMIT: Duration = Duration::from_secs(60);
+
+/// What is to be booted.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Plan {
+    pub machine: &'static str,
+    pub memory_mb: u64,
+    pub workload: &'static str,
+    /// A disk, a random number generator and a balloon besides the card and the serial port.
+    pub all_devices: bool,
+}
+
+impl Plan {
+    pub(crate) const IDLE: Plan =
+        Plan { machine: "pc", memory_mb: 256, workload: "idle", all_devices: false };
+    pub(crate) const LIGHT: Plan = Plan { workload: "light", ..Plan::IDLE };
+    pub(crate) const MEDIUM: Plan = Plan { workload: "medium", ..Plan::IDLE };
+    /// Does nothing but write to its memory.
+    pub(crate) const PATTERN: Plan = Plan { workload: "pattern", ..Plan::IDLE };
+
+    /// The machine's specification, its disk made.
+    fn specification(self, hosts: &Hosts) -> String {
+        let (kernel, initrd) = (hosts.image.kernel.display(), hosts.image.initrd.display());
+        let append = GuestImage::command_line(self.workload, FIRST_GUEST_ADDRESS, None);
+        let Self { machine, memory_mb, all_devices, .. } = self;
+        let mut devices = format!("[[net]]\nbridge = \"{GUEST_BRIDGE}\"\n");
+        if all_devices {
+            let disk = hosts.shared().join("disk.raw");
+            fs::File::create(&disk).unwrap().set_len(16 << 20).unwrap();
+            devices.push_str(&format!("[[disk]]\npath = {disk:?}\ncache = \"writeback\"\n"));
+        }
+        format!(
+            "name = \"{MACHINE}\"\nmachine = \"{machine}\"\naccel = \"tcg\"\nmemory = \"{memory_mb}M\"\n\
+             rng = {all_devices}\nballoon = {all_devices}\n\n\
+             [boot]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\nappend = \"{append}\"\n\n{devices}"
+        )
+    }
+}
+
+/// A guest, with a TCP connection from its clients' network that is held through all its moves.
+pub(crate) struct Guest {
+    plan: Plan,
+    progress: Progress,
+}
+
+impl Guest {
+    /// Boots it at host a.
+    pub(crate) fn boot(hosts: &Hosts, plan: Plan) -> Self {
+        let file = hosts.a.path("web1.toml");
+        fs::write(&file, plan.specification(hosts)).unwrap();
+        hosts.a.godwit(&["vm", "run", &file.display().to_string()]).succeeds();
+        let clients = hosts.lab.namespace(Place::Lan);
+        let progress = Progress::connect(&clients, FIRST_GUEST_ADDRESS, BOOT_LIMIT).unwrap();
+        let guest = Self { plan, progress };
+        guest.goes_on();
+        guest
+    }
+
+    pub(crate) fn memory_bytes(&self) -> u64 {
+        self.plan.memory_mb << 20
+    }
+
+    /// It works, its connection lives, and its whole working set is what it ever wrote.
+    pub(crate) fn goes_on(&self) {
+        if self.plan.workload != "idle" {
+            let before = self.progress.writes();
+            eventually("the guest writes", || self.progress.writes() > before);
+        }
+        self.progress.check(CHECK_LIMIT).unwrap();
+    }
+}
+
+/// Moves the machine and returns the source's report.
+pub(crate) fn migrate(from: &Host, to: &Host, options: &[&str]) -> Value {
+    let report = from.godwit(&[&["migrate", MACHINE, "--to", to.name()], options].concat()).succeeds();
+    assert_eq!(report["outcome"], "completed", "{report}");
+    report
+}
+
+/// A migration under way.
+pub(crate) struct Migration<'a> {
+    pub id: String,
+    from: &'a Host,
+}
+
+impl<'a> Migration<'a> {
+    pub(crate) fn begin(from: &'a Host, to: &Host, options: &[&str]) -> Self {
+        let begin = ["migrate", MACHINE, "--detach", "--to", to.name()];
+        let answer = from.godwit(&[&begin, options].concat()).succeeds();
+        Self { id: answer["id"].as_str().unwrap().to_owned(), from }
+    }
+
+    /// Waits until it is in a phase, or past it.
+    pub(crate) fn reaches(&self, phase: &str) {
+        let (phase, over) = (format!("\"phase\":\"{phase}\""), "\"event\":\"finished\"");
+        eventually(&phase, || {
+            let events =
+                fs::read_to_string(self.from.migration_file(&self.id, "events.ndjson")).unwrap_or_default();
+            events.contains(&phase) || events.contains(over)
+        });
+    }
+
+    pub(crate) fn cancel(&self) -> Answer {
+        self.from.godwit(&["cancel", &self.id])
+    }
+
+    /// Waits for its end; the command's exit code, and the report.
+    pub(crate) fn ends(&self) -> (i32, Value) {
+        let code = self.from.godwit(&["status", &self.id, "--watch"]).code;
+        (code, self.from.godwit(&["status", &self.id]).json["report"].clone())
+    }
+}

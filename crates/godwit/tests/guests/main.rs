@@ -1,0 +1,26 @@
+//! Real guests, moved by `godwit migrate` between two agents in the lab, and looked at from outside.
+//!
+//! | module | what is tried |
+//! |---|---|
+//! | [`moves`] | there and back, with both memories compared through QEMU while both are paused |
+//! | [`options`] | every option and machine type that changes how a machine travels |
+//! | [`states`] | a machine that its operator paused |
+//! | [`cancelling`] | giving up, in every phase |
+//! | [`refusals`] | targets that aren't like the source |
+//! | [`failures`] | a worker that dies |
+//!
+//! What judges shares no code with the product: the guest's own account of its working set, read over a TCP connection
+//! that is held through all moves ([`guest`]), and memories that QEMU itself saved ([`memory`]). It needs root and what
+//! `cargo xtask setup` fetches.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod cancelling;
+mod failures;
+mod guest;
+mod hosts;
+mod memory;
+mod moves;
+mod options;
+mod refusals;
+mod states;
