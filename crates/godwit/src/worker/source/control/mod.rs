@@ -11,8 +11,12 @@ use godwit_migration::{
     stop::Verdict,
     wire::{self, Message},
 };
-use godwit_qemu::{memory::ProcessMemory, qmp::Event};
+use godwit_qemu::{
+    memory::ProcessMemory,
+    qmp::{Event, MigrationState},
+};
 use godwit_transport::session::{Lane, Session, SessionError};
+use serde::Deserialize;
 use tokio::{
     sync::{broadcast, mpsc},
     time::{Instant, MissedTickBehavior, interval},
@@ -68,6 +72,8 @@ pub(super) enum Happened {
     SessionOver(Option<SessionError>),
     /// QEMU says something.
     Monitor(Event),
+    /// What QEMU's migration is now, asked because some of its events were missed.
+    Migration(MigrationState),
     /// QEMU's monitor ended: so did QEMU.
     QemuGone,
     /// The operator says something.
@@ -219,7 +225,12 @@ impl<'a> Control<'a> {
                 },
                 event = self.qemu_events.recv() => match event {
                     Ok(event) => return Happened::Monitor(event),
-                    Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    // A QEMU that spins tells of thousands of passes a second.
+                    Err(broadcast::error::RecvError::Lagged(_)) => {
+                        if let Ok(migration) = self.guest.monitor.query_migrate().await {
+                            return Happened::Migration(migration.status);
+                        }
+                    }
                     Err(broadcast::error::RecvError::Closed) => return Happened::QemuGone,
                 },
                 Some(command) = commands.recv() => return Happened::Command(command),
@@ -259,6 +270,7 @@ impl<'a> Control<'a> {
                 self.handover.apply(SourceEvent::LinkLost)
             }
             Happened::Monitor(event) => self.qemu_says(&event),
+            Happened::Migration(state) => self.migration_is(state),
             Happened::QemuGone => self.handover.apply(SourceEvent::QemuDied),
             Happened::Command(Command::Cancel) => {
                 self.cancelled = true;
@@ -279,17 +291,25 @@ impl<'a> Control<'a> {
 
     fn qemu_says(&mut self, event: &Event) -> Vec<Action> {
         match event.name.as_str() {
-            "MIGRATION" => match event.data.get("status").and_then(|status| status.as_str()) {
-                Some("completed") => {
-                    self.stop.is_completed = true;
-                    self.flushed()
-                }
-                Some("failed") => self.abort("QEMU's migration failed; its log says why".into()),
-                _ => vec![],
-            },
+            "MIGRATION" => event
+                .data
+                .get("status")
+                .and_then(|status| MigrationState::deserialize(status).ok())
+                .map_or_else(Vec::new, |state| self.migration_is(state)),
             "STOP" if self.stop.gate_opened.is_some() => self.guest_stopped(Some(event.timestamp.unix_us())),
             // A guest that powers off in the middle of a migration ends as it would have without one.
             "SHUTDOWN" if self.stop.gate_opened.is_none() => self.abort("the guest shut down".into()),
+            _ => vec![],
+        }
+    }
+
+    fn migration_is(&mut self, state: MigrationState) -> Vec<Action> {
+        match state {
+            MigrationState::Completed => {
+                self.stop.is_completed = true;
+                self.flushed()
+            }
+            MigrationState::Failed => self.abort("QEMU's migration failed; its log says why".into()),
             _ => vec![],
         }
     }
