@@ -302,3 +302,66 @@ impl StreamSink for Sink<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use godwit_qemu::stream::PageContent;
+
+    use super::*;
+
+    fn pass(offsets: &[u64]) -> Passes {
+        let mut passes = Passes::default();
+        for &offset in offsets {
+            passes.named(&RamPage { block: 0, offset, content: PageContent::Zero(0), last: false });
+        }
+        passes
+    }
+
+    #[test]
+    fn the_first_pass_ends_where_addresses_begin_anew() {
+        assert!(!pass(&[0, 4096, 8192]).is_through(Permit::FirstPass));
+        assert!(pass(&[0, 4096, 8192, 4096]).is_through(Permit::FirstPass));
+    }
+
+    #[test]
+    fn a_later_pass_is_one_that_began_after_its_permit() {
+        let rest_of_an_older_pass = [4096, 8192, 0, 4096];
+        assert!(!pass(&rest_of_an_older_pass).is_through(Permit::Pass));
+        assert!(pass(&[4096, 8192, 0, 4096, 0]).is_through(Permit::Pass));
+    }
+
+    #[test]
+    fn a_section_without_pages_ends_any_pass() {
+        let passes = Passes { found_nothing: true, ..pass(&[4096]) };
+        assert!(passes.is_through(Permit::Pass) && passes.is_through(Permit::FirstPass));
+    }
+
+    #[test]
+    fn a_pace_holds_after_a_pass_and_never_once_it_is_free() {
+        let pace = Pace::default();
+        assert_eq!(pace.wait(), Some(Permit::FirstPass));
+        pace.pass_ended();
+        pace.allow_pass();
+        assert_eq!(pace.wait(), Some(Permit::Pass));
+        pace.free();
+        pace.pass_ended();
+        assert_eq!(pace.wait(), Some(Permit::Free));
+        assert_eq!(pace.passes(), 2);
+        pace.close();
+        pace.free();
+        assert_eq!(pace.wait(), None);
+    }
+
+    #[test]
+    fn pages_are_numbered_by_name_whatever_the_order_of_the_stream() {
+        let mut pages = PageNumbers::new([("b.ram".to_owned(), 0), ("a.ram".to_owned(), 16)]);
+        let block = |name: &str| RamBlock { name: name.into(), used_bytes: 65536 };
+        pages.set_order(&[block("a.ram"), block("pc.bios"), block("b.ram")]);
+        let number =
+            |block| pages.of(&RamPage { block, offset: 8192, content: PageContent::Zero(0), last: false });
+        assert_eq!(
+            [number(0), number(1), number(2), number(3)],
+            [Some(BlockId(18)), None, Some(BlockId(2)), None]
+        );
+    }
+}
