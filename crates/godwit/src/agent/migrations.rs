@@ -183,7 +183,7 @@ impl Agent {
             return Err(Refusal::Over.into());
         }
         let say = async {
-            let mut worker = UnixStream::connect(directory.join(job::WORKER_SOCKET)).await?;
+            let mut worker = reach(&directory).await?;
             let mut line = serde_json::to_vec(command)?;
             line.push(b'\n');
             worker.write_all(&line).await?;
@@ -353,6 +353,16 @@ pub(super) fn doing(job: &Job) -> String {
 /// Whether this is how ids look: 16 hexadecimal digits.
 pub(super) fn is_id(id: &str) -> bool {
     id.len() == 16 && id.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte))
+}
+
+/// Connects to a worker; one that was just started may not listen yet.
+async fn reach(directory: &Path) -> std::io::Result<UnixStream> {
+    loop {
+        match UnixStream::connect(directory.join(job::WORKER_SOCKET)).await {
+            Err(_) if workers::is_alive(directory) => sleep(RETRY).await,
+            reached => return reached,
+        }
+    }
 }
 
 /// Takes events until the worker closes the connection.
