@@ -7,6 +7,7 @@ use crate::{
     hosts::{Hosts, MACHINE, eventually, signal},
 };
 
+/// It takes a minute: the source gives the link that long to come back.
 #[test]
 fn a_target_worker_that_dies_leaves_the_guest_at_the_source() {
     let hosts = Hosts::new();

@@ -17,7 +17,7 @@ fn a_target_with_other_memory_or_without_the_machine_type_is_refused() {
     let file = hosts.a.machine_file("spec.json");
     let right = fs::read_to_string(&file).unwrap();
     for (key, value, code, reason) in [
-        ("memory", "160M", 1, "128 MiB there but pc.ram 160 MiB here"),
+        ("memory", "160M", 1, "256 MiB there but pc.ram 160 MiB here"),
         ("machine", "pc-i440fx-99.0", 3, "unsupported machine type"),
     ] {
         let mut spec: Value = serde_json::from_str(&right).unwrap();
