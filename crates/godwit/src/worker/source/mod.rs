@@ -29,7 +29,6 @@ use std::{
 use godwit_content::{Encoder, EncoderLimits, LevelGovernor};
 use godwit_migration::{
     handover::{RunState, Source, SourceSettings},
-    mover::{self, Mover},
     wire::{self, Hello, Message, RamBlock, TransferOptions},
 };
 use godwit_qemu::{memory::ProcessMemory, qmp};
@@ -195,8 +194,7 @@ async fn start_threads(
         Some(memory) => (Box::new(Direct::new(memory)), Duration::ZERO),
         None => (Box::new(Inline::default()), Duration::ZERO),
     };
-    let mover = Mover::new(map.page_count(), mover::Settings::default());
-    let stage = Arc::new(SharedStage::new(mover, contents, embargo));
+    let stage = Arc::new(SharedStage::new(map.page_count(), contents, embargo));
     let stream = guest.open_stream(&super::stream_socket(&job.machine_dir)).await?;
     let return_path = stream.try_clone().map_err(WorkerError::ReturnPath)?;
 

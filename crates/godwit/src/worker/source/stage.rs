@@ -13,7 +13,7 @@ use std::{
 };
 
 use godwit_content::{BATCH_BLOCKS, BlockId, BlockVersion};
-use godwit_migration::mover::{Mode, Mover, Taken, UnknownBlock};
+use godwit_migration::mover::{Mode, Mover, Settings, Taken, UnknownBlock};
 use godwit_qemu::{memory::ProcessMemoryError, stream::PageContent};
 
 use super::contents::Contents;
@@ -58,11 +58,23 @@ pub(super) struct Stage {
     pub(super) mover: Mover,
     contents: Box<dyn Contents>,
     embargo: Embargo,
+    zeros: Zeros,
     is_complete: bool,
     is_closed: bool,
 }
 
 impl Stage {
+    fn new(pages: u64, contents: Box<dyn Contents>, embargo: Duration) -> Self {
+        Self {
+            mover: Mover::new(pages, Settings::default()),
+            contents,
+            embargo: Embargo::new(embargo),
+            zeros: Zeros::new(pages),
+            is_complete: false,
+            is_closed: false,
+        }
+    }
+
     /// Takes note that QEMU named a page.
     pub(super) fn name(
         &mut self,
@@ -72,6 +84,7 @@ impl Stage {
         now: Instant,
     ) -> Result<(), StageError> {
         self.embargo.hold(id, now);
+        self.zeros.named(id, matches!(content, PageContent::Zero(0)));
         self.contents.named(id, content, last)
     }
 
@@ -81,6 +94,11 @@ impl Stage {
             self.mover.owe_many(ids)?;
         }
         Ok(())
+    }
+
+    /// Pages that are owed for the first time and were zero when they were named.
+    pub(super) fn zero_blocks(&self) -> u64 {
+        self.zeros.count
     }
 
     /// Pages that were named and aren't owed yet.
@@ -124,6 +142,9 @@ impl Stage {
         if batch.blocks.is_empty() {
             return Ok(None);
         }
+        // What is learned of sizes is learned of pages that have one.
+        let zeros = batch.blocks.iter().filter(|block| self.zeros.taken(block.id)).count() as u64;
+        batch.taken.first_time = batch.taken.first_time.saturating_sub(zeros);
         self.contents.read(&batch.blocks, &mut batch.contents)?;
         Ok(Some(batch))
     }
@@ -167,6 +188,39 @@ impl Embargo {
     }
 }
 
+/// Which owed pages were zero when QEMU named them the first time. A guest's free memory is most of it, and a prediction
+/// that takes each page for full would be wrong by as much.
+#[derive(Default)]
+struct Zeros {
+    words: Vec<u64>,
+    count: u64,
+}
+
+impl Zeros {
+    fn new(pages: u64) -> Self {
+        Self { words: vec![0; pages.div_ceil(64) as usize], count: 0 }
+    }
+
+    fn named(&mut self, id: BlockId, is_zero: bool) {
+        self.set(id, is_zero);
+    }
+
+    /// Forgets a page; says whether it was zero.
+    fn taken(&mut self, id: BlockId) -> bool {
+        self.set(id, false)
+    }
+
+    /// Returns what it was.
+    fn set(&mut self, id: BlockId, is_zero: bool) -> bool {
+        let Some(word) = self.words.get_mut((id.0 / 64) as usize) else { return false };
+        let bit = 1 << (id.0 % 64);
+        let was_zero = *word & bit != 0;
+        *word = if is_zero { *word | bit } else { *word & !bit };
+        self.count = self.count + u64::from(is_zero) - u64::from(was_zero);
+        was_zero
+    }
+}
+
 /// A stage between two threads.
 pub(super) struct SharedStage {
     stage: Mutex<Stage>,
@@ -175,9 +229,8 @@ pub(super) struct SharedStage {
 
 impl SharedStage {
     /// A stage that owes nothing; `embargo` is how long a page is left alone after it was named.
-    pub(super) fn new(mover: Mover, contents: Box<dyn Contents>, embargo: Duration) -> Self {
-        let embargo = Embargo::new(embargo);
-        let stage = Stage { mover, contents, embargo, is_complete: false, is_closed: false };
+    pub(super) fn new(pages: u64, contents: Box<dyn Contents>, embargo: Duration) -> Self {
+        let stage = Stage::new(pages, contents, embargo);
         Self { stage: Mutex::new(stage), changed: Condvar::new() }
     }
 
@@ -215,17 +268,11 @@ impl SharedStage {
 #[cfg(test)]
 mod tests {
     use godwit_content::BLOCK_BYTES;
-    use godwit_migration::mover::Settings;
 
     use super::{
         super::contents::{INLINE_PAGES_MAX, Inline},
         *,
     };
-
-    fn stage(contents: Box<dyn Contents>, embargo: Duration) -> Stage {
-        let mover = Mover::new(1 << 17, Settings::default());
-        Stage { mover, contents, embargo: Embargo::new(embargo), is_complete: false, is_closed: false }
-    }
 
     fn name(stage: &mut Stage, id: u64, fill: u8, now: Instant) {
         let page = [fill; BLOCK_BYTES];
@@ -234,7 +281,7 @@ mod tests {
 
     #[test]
     fn inline_sends_the_newest_version_once() {
-        let mut stage = stage(Box::new(Inline::default()), Duration::ZERO);
+        let mut stage = Stage::new(1 << 17, Box::new(Inline::default()), Duration::ZERO);
         let now = Instant::now();
         name(&mut stage, 7, 1, now);
         name(&mut stage, 7, 2, now + EMBARGO_GRAIN * 2);
@@ -251,7 +298,7 @@ mod tests {
 
     #[test]
     fn a_full_inline_stage_gives_even_what_is_held_back() {
-        let mut stage = stage(Box::new(Inline::default()), Duration::ZERO);
+        let mut stage = Stage::new(1 << 17, Box::new(Inline::default()), Duration::ZERO);
         let now = Instant::now();
         for fill in 0..8 {
             name(&mut stage, 1, fill, now);
@@ -284,5 +331,18 @@ mod tests {
         }
         assert_eq!(released, [(0, 11), (1, 12), (2, 13), (3, 14), (4, 15)]);
         assert_eq!(embargo.held, 0);
+    }
+
+    #[test]
+    fn zeros_are_counted_while_they_are_owed_for_the_first_time() {
+        let mut zeros = Zeros::new(100);
+        zeros.named(BlockId(99), true);
+        zeros.named(BlockId(99), true);
+        zeros.named(BlockId(5), true);
+        assert_eq!(zeros.count, 2);
+        zeros.named(BlockId(5), false);
+        assert!(zeros.taken(BlockId(99)) && !zeros.taken(BlockId(5)) && !zeros.taken(BlockId(99)));
+        zeros.named(BlockId(100_000), true);
+        assert_eq!(zeros.count, 0);
     }
 }
