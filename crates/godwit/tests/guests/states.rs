@@ -8,7 +8,6 @@ use crate::{
 };
 
 #[test]
-#[ignore = "QEMU doesn't wait for the switch-over acknowledgement of a guest that doesn't run"]
 fn a_paused_machine_stays_paused_until_its_operator_says_otherwise() {
     let hosts = Hosts::new();
     let guest = Guest::boot(&hosts, Plan::LIGHT);

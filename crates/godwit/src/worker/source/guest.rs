@@ -51,6 +51,8 @@ pub(crate) enum GuestError {
 pub(super) struct Guest {
     pub(super) monitor: Client,
     saved: MigrationSettings,
+    /// What it did when the migration began.
+    pub(super) run_state: RunState,
 }
 
 impl Guest {
@@ -80,7 +82,7 @@ impl Guest {
         let saved = monitor.migration_settings().await?;
         match CAPABILITIES.into_iter().find(|name| !saved.capabilities.contains_key(*name)) {
             Some(lacking) => Err(GuestError::Lacks(lacking)),
-            None => Ok(Self { monitor, saved }),
+            None => Ok(Self { monitor, saved, run_state: status.state }),
         }
     }
 

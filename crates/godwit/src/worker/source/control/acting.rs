@@ -76,7 +76,11 @@ impl Control<'_> {
     }
 
     async fn open_gate(&mut self) -> Result<(), WorkerError> {
-        self.stop.guest_did = Some(run_state(self.guest.monitor.query_status().await?.state));
+        // QEMU's own answer is the surest, until it is about to end its stream.
+        self.stop.guest_did = Some(match self.stop.came_by_itself {
+            true => self.guest_does,
+            false => run_state(self.guest.monitor.query_status().await?.state),
+        });
         self.stop.gate_opened = Some(Instant::now());
         self.answer(&return_path::Message::SwitchoverAck)?;
         self.threads.pace.free();

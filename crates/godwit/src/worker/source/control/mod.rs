@@ -27,6 +27,7 @@ use super::{
     learned,
     pilot::{LinkObservation, Pilot, StageObservation},
     pump::{Pace, PumpEvent},
+    run_state,
     sender::{Account, Outbox, SendError, Sent, StreamSum},
     stage::SharedStage,
 };
@@ -95,6 +96,8 @@ pub(super) struct Control<'a> {
     draft: &'a mut ReportDraft,
     clock: Clock,
     qemu_events: broadcast::Receiver<Event>,
+    /// What the guest does, as far as QEMU tells before it stops it for us.
+    guest_does: RunState,
     session_over: bool,
     bandwidth: Option<u64>,
     stop: Stop,
@@ -127,6 +130,8 @@ impl Clock {
 #[derive(Default)]
 struct Stop {
     is_wanted: bool,
+    /// QEMU went to the end of its stream before the gate was open: it doesn't wait for a guest that doesn't run.
+    came_by_itself: bool,
     gate_opened: Option<Instant>,
     guest_did: Option<RunState>,
     stopped_unix_us: Option<u64>,
@@ -165,6 +170,7 @@ impl<'a> Control<'a> {
         };
         Self {
             qemu_events: guest.monitor.events(),
+            guest_does: run_state(guest.run_state),
             pilot: Pilot::new(&job.options, learned::load(job.learned.as_deref()), pages_total),
             job,
             journal,
@@ -297,10 +303,25 @@ impl<'a> Control<'a> {
                 .and_then(|status| MigrationState::deserialize(status).ok())
                 .map_or_else(Vec::new, |state| self.migration_is(state)),
             "STOP" if self.stop.gate_opened.is_some() => self.guest_stopped(Some(event.timestamp.unix_us())),
+            // QEMU says why before it says STOP.
+            "STOP" if self.guest_does == RunState::Running => self.guest_now(RunState::Paused),
+            "GUEST_PANICKED" => self.guest_now(RunState::Panicked),
+            "BLOCK_IO_ERROR" if event.data.get("action").is_some_and(|action| action == "stop") => {
+                self.guest_now(RunState::IoError)
+            }
+            "SUSPEND" => self.guest_now(RunState::Suspended),
+            "RESUME" | "WAKEUP" => self.guest_now(RunState::Running),
             // A guest that powers off in the middle of a migration ends as it would have without one.
             "SHUTDOWN" if self.stop.gate_opened.is_none() => self.abort("the guest shut down".into()),
             _ => vec![],
         }
+    }
+
+    fn guest_now(&mut self, does: RunState) -> Vec<Action> {
+        if self.stop.gate_opened.is_none() {
+            self.guest_does = does;
+        }
+        vec![]
     }
 
     fn migration_is(&mut self, state: MigrationState) -> Vec<Action> {
@@ -317,7 +338,9 @@ impl<'a> Control<'a> {
     /// The guest doesn't run any more; QEMU says so only of one that ran.
     fn guest_stopped(&mut self, stopped_unix_us: Option<u64>) -> Vec<Action> {
         let Some(run_state) = self.stop.guest_did else {
-            return self.abort("QEMU stopped the guest before it was let".into());
+            self.stop.came_by_itself = true;
+            self.stop.is_wanted = true;
+            return vec![];
         };
         // The stream may tell it before the event does; only the event has the time.
         self.stop.stopped_unix_us = self.stop.stopped_unix_us.or(stopped_unix_us);
@@ -359,7 +382,8 @@ impl<'a> Control<'a> {
         self.threads.account.set_level(course.level);
         self.tell(&course.progress);
         if self.stop.gate_opened.is_some() {
-            return vec![];
+            let told = !self.stop.came_by_itself || self.stop.stopped_at.is_some();
+            return if told { vec![] } else { self.guest_stopped(None) };
         }
         if self.clock.last_pass.elapsed() >= Duration::from_millis(course.pass_period_ms) {
             self.clock.last_pass = Instant::now();
