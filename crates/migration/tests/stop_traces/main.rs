@@ -1,6 +1,6 @@
 //! The stop policies on traces of migrations that were never stopped.
 //!
-//! `traces/*.csv` come from [`generator`]; `cargo test -p godwit-migration --test stop_traces -- --ignored` writes them
+//! `traces/*-recorded.csv` come from real migrations (`docs/stopping.md`), the others from [`generator`]; `cargo test -p godwit-migration --test stop_traces -- --ignored` writes them
 //! anew and prints the table of windows in `docs/stopping.md`.
 
 mod generator;
@@ -208,6 +208,20 @@ fn smart_stop_stops_near_the_minimum_where_the_link_can_follow() {
         let stop = replay(&mut policy, &trace).expect(name);
         assert_eq!(stop.reason, StopReason::WindowMinimum, "{name}: {stop:?}");
         assert!(stop.pause_ms <= 3.0 * shortest_pause_ms(&trace), "{name}: {stop:?}");
+    }
+}
+
+/// Recorded with a target of 1 ms, so that nothing was stopped for as long as the gate's patience lasts.
+#[test]
+fn real_migrations_are_stopped_near_the_best_that_they_offer() {
+    for name in ["medium-recorded", "heavy-recorded"] {
+        let trace = recorded(name);
+        let best = shortest_pause_ms(&trace);
+        let gate = replay(&mut gate(50.0), &trace).expect(name);
+        assert!(gate.pause_ms <= 2.0 * best, "{name}: {gate:?}, best {best}");
+        let mut policy = SmartStop::new(SmartStopSettings::default());
+        let smart = replay(&mut policy, &trace).expect(name);
+        assert!(smart.pause_ms <= 3.0 * best, "{name}: {smart:?}, best {best}");
     }
 }
 

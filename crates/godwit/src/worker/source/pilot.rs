@@ -145,6 +145,7 @@ impl Pilot {
             unseen_ms: now_ms - self.last_pass_ms,
         };
         let sample = self.sample(now_ms, stage, link, &backlog);
+        tracing::trace!(?sample);
         // Until QEMU has named everything once, what is owed says nothing.
         let verdict = if passes == 0 { Verdict::Continue } else { self.policy.observe(&sample) };
         let is_near = passes > 0 && sample.predicted_pause_ms <= self.target_ms * NEAR_TARGETS;
