@@ -159,9 +159,12 @@ impl Predictor {
     /// The pause if the guest were stopped now.
     pub fn pause(&self, backlog: &Backlog) -> Pause {
         let unseen_ms = backlog.unseen_ms as f64 + self.learned.decision_to_stop_ms;
+        // However long nobody looked, a guest that rewrites the same blocks has only so many of them to show: two steps'
+        // worth, since a step may have begun in the middle of its writing.
+        let unseen_blocks = (self.dirty.per_second * unseen_ms / 1e3).min(2.0 * self.dirty.largest_step);
         Pause {
             memory_ms: self.transfer_ms(self.owed_bytes(backlog) + backlog.in_flight_bytes as f64),
-            unseen_ms: self.transfer_ms(self.dirty_bytes_per_second() * unseen_ms / 1e3),
+            unseen_ms: self.transfer_ms(unseen_blocks * self.delta_bytes()),
             device_state_ms: self.transfer_ms(self.learned.device_state_bytes),
             fixed_ms: self.learned.fixed_ms,
             travel_ms: self.round_trip_ms / 2.0,
@@ -201,7 +204,12 @@ impl Predictor {
     /// What the link would have to carry a second to keep up with the guest: its writes, as deltas. 0 until a delta was
     /// seen.
     pub fn dirty_bytes_per_second(&self) -> f64 {
-        if self.again.seen_blocks > 0.0 { self.dirty.per_second * self.again.bytes } else { 0.0 }
+        self.dirty.per_second * self.delta_bytes()
+    }
+
+    /// What a written block takes, as a delta; nothing as long as none was seen.
+    fn delta_bytes(&self) -> f64 {
+        if self.again.seen_blocks > 0.0 { self.again.bytes } else { 0.0 }
     }
 
     fn transfer_ms(&self, bytes: f64) -> f64 {
@@ -239,6 +247,8 @@ impl MeanSize {
 struct RateMeter {
     last: Option<(u64, u64)>,
     per_second: f64,
+    /// The largest growth between two observations, less a tenth for each since then.
+    largest_step: f64,
     observed: bool,
 }
 
@@ -252,7 +262,9 @@ impl RateMeter {
         if elapsed_ms < SHORTEST_INTERVAL_MS {
             return;
         }
-        let newest = total.saturating_sub(before) as f64 * 1e3 / elapsed_ms as f64;
+        let step = total.saturating_sub(before) as f64;
+        self.largest_step = (self.largest_step * 0.9).max(step);
+        let newest = step * 1e3 / elapsed_ms as f64;
         let weight = if self.observed { RATE_WEIGHT } else { 1.0 };
         self.per_second += weight * (newest - self.per_second);
         self.observed = true;

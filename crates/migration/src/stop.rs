@@ -103,6 +103,8 @@ impl GateSettings {
 pub struct Gate {
     settings: GateSettings,
     shortest: Option<Shortest>,
+    /// When there was first something to decide.
+    began_ms: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -114,15 +116,18 @@ struct Shortest {
 impl Gate {
     /// How much shorter a pause has to be for patience to begin again.
     const WORTH_WAITING: f64 = 0.95;
+    /// After so many patiences in all, even a new shortest pause doesn't make it wait anew.
+    const PATIENCES: u64 = 4;
 
     /// A gate that has seen nothing.
     pub fn new(settings: GateSettings) -> Self {
-        Self { settings, shortest: None }
+        Self { settings, shortest: None, began_ms: None }
     }
 
-    fn accepts(sample: &Sample, shortest: Shortest, patience_ms: u64) -> bool {
-        let waited_ms = sample.now_ms.saturating_sub(shortest.at_ms);
-        let Some(overdue_ms) = waited_ms.checked_sub(patience_ms) else {
+    fn accepts(&mut self, sample: &Sample, shortest: Shortest, patience_ms: u64) -> bool {
+        let began_ms = *self.began_ms.get_or_insert(sample.now_ms);
+        let overdue_since = (shortest.at_ms + patience_ms).min(began_ms + patience_ms * Self::PATIENCES);
+        let Some(overdue_ms) = sample.now_ms.checked_sub(overdue_since) else {
             return false;
         };
         let premium = overdue_ms as f64 / patience_ms.max(1) as f64;
@@ -142,7 +147,7 @@ impl StopPolicy for Gate {
             let shortest = *self.shortest.get_or_insert(newest);
             if newest.pause_ms < shortest.pause_ms * Self::WORTH_WAITING {
                 self.shortest = Some(newest);
-            } else if Self::accepts(sample, shortest, patience_ms) {
+            } else if self.accepts(sample, shortest, patience_ms) {
                 return Verdict::Stop { reason };
             }
         }

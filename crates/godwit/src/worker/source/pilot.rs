@@ -17,9 +17,12 @@ use crate::job::{Options, Progress, StopPolicyName};
 /// While the pause would be longer than this many targets, passes are rare; below, they are frequent, so that little is
 /// unseen when the guest stops.
 const NEAR_TARGETS: f64 = 4.0;
-/// Between passes while there is much to send. Each time it is read from, a QEMU with little to say makes some hundreds of
+/// Between passes while the target lacks pages that it never had, so that nothing can be decided. Each time it is read from, a QEMU with little to say makes some hundreds of
 /// passes before the socket is full again: at ten times a second that took a seventh of a core from an idle guest's host.
 const FAR_PASS_PERIOD_MS: u64 = 300;
+/// Between passes from then on. What was written since the last pass is part of the predicted pause, so longer periods
+/// would make the prediction swing, and a policy that looks for a minimum wait for the bottom of the swing.
+const PASS_PERIOD_MS: u64 = 100;
 /// Between passes when the stop is near.
 const NEAR_PASS_PERIOD_MS: u64 = 25;
 
@@ -148,12 +151,21 @@ impl Pilot {
         tracing::trace!(?sample);
         // Until QEMU has named everything once, what is owed says nothing.
         let verdict = if passes == 0 { Verdict::Continue } else { self.policy.observe(&sample) };
-        let is_near = passes > 0 && sample.predicted_pause_ms <= self.target_ms * NEAR_TARGETS;
         Course {
             verdict,
-            pass_period_ms: if is_near { NEAR_PASS_PERIOD_MS } else { FAR_PASS_PERIOD_MS },
+            pass_period_ms: self.pass_period_ms(&sample),
             level: self.efforts.level(now_ms, stage.owed_blocks > 0, link.efforts),
             progress: self.progress(&sample, stage, link, &backlog),
+        }
+    }
+
+    fn pass_period_ms(&self, sample: &Sample) -> u64 {
+        if sample.never_sent_blocks > 0 {
+            FAR_PASS_PERIOD_MS
+        } else if sample.predicted_pause_ms > self.target_ms * NEAR_TARGETS {
+            PASS_PERIOD_MS
+        } else {
+            NEAR_PASS_PERIOD_MS
         }
     }
 

@@ -58,7 +58,9 @@ pub(super) struct Stage {
     pub(super) mover: Mover,
     contents: Box<dyn Contents>,
     embargo: Embargo,
-    zeros: Zeros,
+    /// Owed pages that were zero when QEMU named them: most of a guest's memory may be, and a prediction that takes each
+    /// page for full would be wrong by as much.
+    zeros: Marks,
     is_complete: bool,
     is_closed: bool,
 }
@@ -68,8 +70,8 @@ impl Stage {
         Self {
             mover: Mover::new(pages, Settings::default()),
             contents,
-            embargo: Embargo::new(embargo),
-            zeros: Zeros::new(pages),
+            embargo: Embargo::new(embargo, pages),
+            zeros: Marks::new(pages),
             is_complete: false,
             is_closed: false,
         }
@@ -84,7 +86,7 @@ impl Stage {
         now: Instant,
     ) -> Result<(), StageError> {
         self.embargo.hold(id, now);
-        self.zeros.named(id, matches!(content, PageContent::Zero(0)));
+        self.zeros.set(id, matches!(content, PageContent::Zero(0)));
         self.contents.named(id, content, last)
     }
 
@@ -103,7 +105,7 @@ impl Stage {
 
     /// Pages that were named and aren't owed yet.
     pub(super) fn embargoed(&self) -> u64 {
-        self.embargo.held
+        self.embargo.held.count
     }
 
     /// Takes note that the guest is stopped and its last page has been named.
@@ -119,7 +121,7 @@ impl Stage {
 
     /// Whether nothing is owed and nothing will be.
     pub(super) fn is_drained(&self) -> bool {
-        self.is_complete && self.mover.owed_blocks() == 0 && self.embargoed() == 0
+        self.is_complete && self.mover.owed_blocks() == 0 && self.embargo.waiting.is_empty()
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -143,7 +145,7 @@ impl Stage {
             return Ok(None);
         }
         // What is learned of sizes is learned of pages that have one.
-        let zeros = batch.blocks.iter().filter(|block| self.zeros.taken(block.id)).count() as u64;
+        let zeros = batch.blocks.iter().filter(|block| self.zeros.set(block.id, false)).count() as u64;
         batch.taken.first_time = batch.taken.first_time.saturating_sub(zeros);
         self.contents.read(&batch.blocks, &mut batch.contents)?;
         Ok(Some(batch))
@@ -159,20 +161,21 @@ impl Stage {
 #[derive(Debug)]
 struct Embargo {
     period: Duration,
+    /// A page that was named again stands here again: it is left alone since it was named last.
     waiting: VecDeque<(Instant, Vec<BlockId>)>,
-    held: u64,
+    held: Marks,
 }
 
 /// Pages named within this time share a place in the queue.
 const EMBARGO_GRAIN: Duration = Duration::from_millis(1);
 
 impl Embargo {
-    fn new(period: Duration) -> Self {
-        Self { period, waiting: VecDeque::new(), held: 0 }
+    fn new(period: Duration, pages: u64) -> Self {
+        Self { period, waiting: VecDeque::new(), held: Marks::new(pages) }
     }
 
     fn hold(&mut self, id: BlockId, now: Instant) {
-        self.held += 1;
+        self.held.set(id, true);
         match self.waiting.back_mut() {
             Some((since, ids)) if now < *since + EMBARGO_GRAIN => ids.push(id),
             _ => self.waiting.push_back((now, vec![id])),
@@ -183,41 +186,33 @@ impl Embargo {
         // Those who came last in a place waited for a grain less.
         let over = self.waiting.front().is_some_and(|(since, _)| now >= *since + EMBARGO_GRAIN + self.period);
         let (_, ids) = if over || self.period.is_zero() { self.waiting.pop_front()? } else { return None };
-        self.held -= ids.len() as u64;
+        for &id in &ids {
+            self.held.set(id, false);
+        }
         Some(ids)
     }
 }
 
-/// Which owed pages were zero when QEMU named them the first time. A guest's free memory is most of it, and a prediction
-/// that takes each page for full would be wrong by as much.
-#[derive(Default)]
-struct Zeros {
+/// A set of pages that knows its size.
+#[derive(Debug, Default)]
+struct Marks {
     words: Vec<u64>,
     count: u64,
 }
 
-impl Zeros {
+impl Marks {
     fn new(pages: u64) -> Self {
         Self { words: vec![0; pages.div_ceil(64) as usize], count: 0 }
     }
 
-    fn named(&mut self, id: BlockId, is_zero: bool) {
-        self.set(id, is_zero);
-    }
-
-    /// Forgets a page; says whether it was zero.
-    fn taken(&mut self, id: BlockId) -> bool {
-        self.set(id, false)
-    }
-
-    /// Returns what it was.
-    fn set(&mut self, id: BlockId, is_zero: bool) -> bool {
+    /// Marks a page, or not; returns what it was. Pages beyond the last are never marked.
+    fn set(&mut self, id: BlockId, mark: bool) -> bool {
         let Some(word) = self.words.get_mut((id.0 / 64) as usize) else { return false };
         let bit = 1 << (id.0 % 64);
-        let was_zero = *word & bit != 0;
-        *word = if is_zero { *word | bit } else { *word & !bit };
-        self.count = self.count + u64::from(is_zero) - u64::from(was_zero);
-        was_zero
+        let was_marked = *word & bit != 0;
+        *word = if mark { *word | bit } else { *word & !bit };
+        self.count = self.count + u64::from(mark) - u64::from(was_marked);
+        was_marked
     }
 }
 
@@ -245,7 +240,7 @@ impl SharedStage {
 
     /// Waits, a moment at most, for a change.
     pub(super) fn wait<'a>(&self, held: MutexGuard<'a, Stage>) -> MutexGuard<'a, Stage> {
-        let longest = if held.embargoed() > 0 { EMBARGO_GRAIN } else { WAIT_AT_MOST };
+        let longest = if held.embargo.waiting.is_empty() { WAIT_AT_MOST } else { EMBARGO_GRAIN };
         let waited = self.changed.wait_timeout(held, longest);
         waited.unwrap_or_else(|poisoned| poisoned.into_inner()).0
     }
@@ -317,7 +312,7 @@ mod tests {
 
     #[test]
     fn an_embargo_holds_a_page_back_and_loses_none() {
-        let mut embargo = Embargo::new(Duration::from_millis(10));
+        let mut embargo = Embargo::new(Duration::from_millis(10), 8);
         let began = Instant::now();
         for ms in 0..5 {
             embargo.hold(BlockId(ms), began + Duration::from_millis(ms));
@@ -330,19 +325,18 @@ mod tests {
             }
         }
         assert_eq!(released, [(0, 11), (1, 12), (2, 13), (3, 14), (4, 15)]);
-        assert_eq!(embargo.held, 0);
+        assert_eq!(embargo.held.count, 0);
     }
 
     #[test]
-    fn zeros_are_counted_while_they_are_owed_for_the_first_time() {
-        let mut zeros = Zeros::new(100);
-        zeros.named(BlockId(99), true);
-        zeros.named(BlockId(99), true);
-        zeros.named(BlockId(5), true);
-        assert_eq!(zeros.count, 2);
-        zeros.named(BlockId(5), false);
-        assert!(zeros.taken(BlockId(99)) && !zeros.taken(BlockId(5)) && !zeros.taken(BlockId(99)));
-        zeros.named(BlockId(100_000), true);
-        assert_eq!(zeros.count, 0);
+    fn marks_are_counted_once() {
+        let mut marks = Marks::new(100);
+        marks.set(BlockId(99), true);
+        assert!(marks.set(BlockId(99), true));
+        marks.set(BlockId(5), true);
+        assert_eq!(marks.count, 2);
+        assert!(marks.set(BlockId(99), false) && !marks.set(BlockId(99), false));
+        marks.set(BlockId(100_000), true);
+        assert_eq!(marks.count, 1);
     }
 }
