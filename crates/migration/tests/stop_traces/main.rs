@@ -218,7 +218,8 @@ fn real_migrations_are_stopped_near_the_best_that_they_offer() {
         let trace = recorded(name);
         let best = shortest_pause_ms(&trace);
         let gate = replay(&mut gate(50.0), &trace).expect(name);
-        assert!(gate.pause_ms <= 2.0 * best, "{name}: {gate:?}, best {best}");
+        assert_eq!(gate.reason, StopReason::TargetMet, "{name}: {gate:?}");
+        assert!(gate.pause_ms <= 50.0 && gate.pause_ms <= 2.0 * best, "{name}: {gate:?}, best {best}");
         let mut policy = SmartStop::new(SmartStopSettings::default());
         let smart = replay(&mut policy, &trace).expect(name);
         assert!(smart.pause_ms <= 3.0 * best, "{name}: {smart:?}, best {best}");

@@ -41,7 +41,7 @@ use tokio::sync::mpsc;
 
 use self::{
     contents::{Contents, Direct, Inline},
-    control::{Control, Happened, Threads},
+    control::{Control, Happened, Parts, Threads},
     guest::Guest,
     pump::{Pace, PageNumbers, Pump},
     sender::{Account, Link, LinkClosed, Outbox, StreamCourier},
@@ -104,9 +104,8 @@ async fn migrate(
         }
     };
     journal.say(Happening::Phase { phase: Phase::PreCopy });
-    Control::new(job, journal, guest, session, store, handover, threads, map.page_count(), draft)
-        .run(commands)
-        .await
+    let parts = Parts { guest, session, store, handover, threads };
+    Control::new(job, journal, parts, map.page_count(), draft).run(commands).await
 }
 
 /// The guest's memory, if it may be read; otherwise its pages are taken from QEMU's stream.

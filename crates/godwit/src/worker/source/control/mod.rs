@@ -60,6 +60,15 @@ pub(super) struct Threads {
     pub(super) verify: Option<ProcessMemory>,
 }
 
+/// What was prepared for the loop.
+pub(super) struct Parts {
+    pub(super) guest: Guest,
+    pub(super) session: Session,
+    pub(super) store: Store,
+    pub(super) handover: Source,
+    pub(super) threads: Threads,
+}
+
 /// Everything that can happen to a source.
 #[derive(Debug)]
 pub(super) enum Happened {
@@ -146,18 +155,14 @@ struct Stop {
 }
 
 impl<'a> Control<'a> {
-    #[expect(clippy::too_many_arguments, reason = "everything that was prepared comes together here, once")]
     pub(super) fn new(
         job: &'a Job,
         journal: &'a Journal,
-        guest: Guest,
-        session: Session,
-        store: Store,
-        handover: Source,
-        threads: Threads,
+        parts: Parts,
         pages_total: u64,
         draft: &'a mut ReportDraft,
     ) -> Self {
+        let Parts { guest, session, store, handover, threads } = parts;
         let now = Instant::now();
         let clock = Clock {
             began: now,
