@@ -6,8 +6,9 @@
 //! gets one JSON event a line, from the first on, and may write one JSON [`Command`] a line. A restarted agent reads
 //! the files and connects again; nothing else ties the two processes together.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
+use godwit_migration::handover;
 use godwit_qemu::machine::Spec;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -100,6 +101,9 @@ pub(crate) enum Role {
     Target,
 }
 
+/// What [`Options::reconnect_timeout_ms`] may be: one second to one hour.
+pub(crate) const RECONNECT_TIMEOUT_MS: RangeInclusive<u64> = 1_000..=3_600_000;
+
 /// What the operator chose for a migration; the same object in the API, on the wire and in the job.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -122,6 +126,16 @@ pub(crate) struct Options {
     pub early_announce: bool,
     /// Read pages from QEMU's stream even where its memory could be read.
     pub inline: bool,
+    /// Longest outage of the link that the migration survives, 1,000 to 3,600,000.
+    pub reconnect_timeout_ms: u64,
+}
+
+impl Options {
+    /// Longest outage of the link that the migration survives.
+    #[must_use]
+    pub(crate) fn reconnect_timeout(&self) -> Duration {
+        Duration::from_millis(self.reconnect_timeout_ms)
+    }
 }
 
 impl Default for Options {
@@ -136,6 +150,7 @@ impl Default for Options {
             connections: 1,
             early_announce: false,
             inline: false,
+            reconnect_timeout_ms: 60_000,
         }
     }
 }
@@ -166,6 +181,12 @@ pub(crate) enum Verify {
 pub(crate) enum Command {
     /// Give up; the guest goes on at the source. Too late once the token has left.
     Cancel,
+    /// The other host's agent says this for its worker, which is gone or can't be reached.
+    PeerSays {
+        /// What it says.
+        #[schema(value_type = Object)]
+        message: handover::Message,
+    },
     /// Change the bandwidth limit.
     SetBandwidth {
         /// Bytes per second; `None` lifts the limit.

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     api::{IncomingRequest, MigrateRequest, Migration},
-    job::{Job, Options, Role},
+    job::{Job, Options, RECONNECT_TIMEOUT_MS, Role},
 };
 
 /// The range of bulk connections.
@@ -84,6 +84,8 @@ pub(super) fn check_options(options: &Options) -> Result<(), AgentError> {
         "bandwidth_bytes_per_second: more than 0, or null for no limit"
     } else if options.downtime_target_ms == 0 {
         "downtime_target_ms: more than 0"
+    } else if !RECONNECT_TIMEOUT_MS.contains(&options.reconnect_timeout_ms) {
+        "reconnect_timeout_ms: 1,000 to 3,600,000"
     } else {
         return Ok(());
     };
@@ -119,6 +121,8 @@ mod tests {
             Options { connections: 9, ..Options::default() },
             Options { bandwidth_bytes_per_second: Some(0), ..Options::default() },
             Options { downtime_target_ms: 0, ..Options::default() },
+            Options { reconnect_timeout_ms: 999, ..Options::default() },
+            Options { reconnect_timeout_ms: 3_600_001, ..Options::default() },
         ] {
             check_options(&wrong).unwrap_err();
         }

@@ -9,7 +9,7 @@ use godwit_transport::identity::HostName;
 use super::exit;
 use crate::{
     agent::config::{DEFAULT_CONFIG, DEFAULT_IDENTITY, DEFAULT_SOCKET},
-    job::{Options, StopPolicyName, Verify},
+    job::{Options, RECONNECT_TIMEOUT_MS, StopPolicyName, Verify},
     quantity::{RateLimit, parse_rate, parse_rate_limit, parse_size, parse_time},
 };
 
@@ -271,6 +271,9 @@ pub(super) struct Migrate {
     /// Take pages from QEMU's stream even where its memory can be read
     #[arg(long)]
     inline: bool,
+    /// Longest outage of the link that the migration survives, 1s to 3600s
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_reconnect_timeout)]
+    reconnect_timeout: Duration,
     /// Don't watch: print the id and return
     #[arg(long)]
     pub(super) detach: bool,
@@ -289,8 +292,15 @@ impl Migrate {
             connections: self.connections,
             early_announce: self.early_announce,
             inline: self.inline,
+            reconnect_timeout_ms: u64::try_from(self.reconnect_timeout.as_millis()).unwrap_or(u64::MAX),
         }
     }
+}
+
+fn parse_reconnect_timeout(text: &str) -> Result<Duration, String> {
+    let time = parse_time(text).map_err(|error| error.to_string())?;
+    let allowed = u64::try_from(time.as_millis()).is_ok_and(|ms| RECONNECT_TIMEOUT_MS.contains(&ms));
+    allowed.then_some(time).ok_or_else(|| format!("`{text}` is not between 1s and 3600s"))
 }
 
 /// Migrations.
@@ -362,6 +372,8 @@ mod tests {
             "4",
             "--early-announce",
             "--inline",
+            "--reconnect-timeout",
+            "5s",
         ]);
         let expected = Options {
             bandwidth_bytes_per_second: Some(10_000_000),
@@ -373,6 +385,7 @@ mod tests {
             connections: 4,
             early_announce: true,
             inline: true,
+            reconnect_timeout_ms: 5_000,
         };
         assert_eq!(options, Ok(expected));
     }
@@ -382,6 +395,8 @@ mod tests {
         let error = migrate(&["--bandwidth", "80"]).unwrap_err();
         assert!(error.contains("`80` is not a rate; write it like 80Mbit or 10MB/s"), "{error}");
         assert!(migrate(&["--connections", "9"]).is_err());
+        assert!(migrate(&["--reconnect-timeout", "999ms"]).is_err());
+        assert!(migrate(&["--reconnect-timeout", "3601s"]).is_err());
     }
 
     #[test]

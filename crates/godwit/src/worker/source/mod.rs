@@ -53,8 +53,6 @@ use crate::{
     token::Store,
 };
 
-/// Longest outage of the link that a session survives.
-const RECONNECT: Duration = Duration::from_secs(60);
 /// How long the target may take to say welcome.
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a page is left alone after QEMU named it where QEMU emulates the processor; see `stage::Embargo`. Several
@@ -139,7 +137,7 @@ async fn connect(job: &Job) -> Result<Session, WorkerError> {
             bandwidth_bytes_per_second: job.options.bandwidth_bytes_per_second,
             ..Limits::default()
         },
-        timeouts: Timeouts { reconnect: RECONNECT, ..Timeouts::default() },
+        timeouts: Timeouts { reconnect: job.options.reconnect_timeout(), ..Timeouts::default() },
     };
     Ok(Session::connect(config).await?)
 }

@@ -24,9 +24,9 @@ use crate::{
     worker::{WorkerError, account::ReportDraft, end_qemu, journal::Journal},
 };
 
-/// How long the target goes without a sign of life before it asks the hand-over what that means. The session's own
-/// reconnect timeout is longer; this is for a peer that is there and silent in the pause.
-const PATIENCE: Duration = Duration::from_secs(90);
+/// How long the target goes without a sign of life, beyond the session's own reconnect timeout, before it asks the
+/// hand-over what that means: this is for a peer that is there and silent in the pause.
+const PATIENCE: Duration = Duration::from_secs(30);
 /// How long a settled target stays to answer the source.
 const LINGER: Duration = Duration::from_secs(10);
 /// How long saying goodbye to the source may take.
@@ -114,7 +114,7 @@ impl<'a> Control<'a> {
             token: None,
             session_over: false,
             outcome: None,
-            deadline: Instant::now() + PATIENCE,
+            deadline: Instant::now() + job.options.reconnect_timeout() + PATIENCE,
         }
     }
 
@@ -169,7 +169,7 @@ impl<'a> Control<'a> {
     /// What follows from what happened.
     fn apply(&mut self, happened: Happened) -> Vec<Action> {
         if self.outcome.is_none() {
-            self.deadline = Instant::now() + PATIENCE;
+            self.deadline = Instant::now() + self.job.options.reconnect_timeout() + PATIENCE;
         }
         match happened {
             Happened::Arrived(Arrived::Token(token)) => self.token_received(token),
@@ -200,6 +200,9 @@ impl<'a> Control<'a> {
             }
             Happened::QemuGone => self.parts.handover.apply(TargetEvent::QemuDied),
             Happened::Command(Command::Cancel) => self.abort("cancelled at the target".into()),
+            Happened::Command(Command::PeerSays { message }) => {
+                self.parts.handover.apply(TargetEvent::PeerSays(message))
+            }
             Happened::Command(Command::SetBandwidth { .. }) => vec![],
             Happened::Silence => self.parts.handover.apply(TargetEvent::Timeout),
         }

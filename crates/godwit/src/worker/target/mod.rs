@@ -46,8 +46,6 @@ use crate::{
     token::Store,
 };
 
-/// Longest outage of the link that a session survives.
-const RECONNECT: Duration = Duration::from_secs(60);
 /// How long the source may take to connect and to say hello.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
 /// What the destination needs; those that this QEMU doesn't know are left out.
@@ -127,7 +125,11 @@ async fn accept(job: &Job, streams: mpsc::Receiver<tokio::net::TcpStream>) -> Re
         peer: job.peer.parse()?,
         identity: Arc::new(identity),
         limits: Limits::default(),
-        timeouts: Timeouts { connect: HELLO_TIMEOUT, reconnect: RECONNECT, ..Timeouts::default() },
+        timeouts: Timeouts {
+            connect: HELLO_TIMEOUT,
+            reconnect: job.options.reconnect_timeout(),
+            ..Timeouts::default()
+        },
     };
     Ok(Session::accept(config, streams).await?)
 }
