@@ -56,7 +56,9 @@
 //! 4. A refusal is legal until the guest may have run, even if `cont` was tried and failed.
 //! 5. The source's QEMU is killed only when the target has taken the machine.
 //! 6. A guest that didn't run before the stop isn't continued, on either side.
-//! 7. A record that ends the hand-over is written after what it stands for: "owner" at the source after `cont`, so that
+//! 7. Who is told to stand down by a newer epoch has that on disk, and its QEMU is dead, before it says so. No rule can
+//!    hold a host that can't be reached: declaring it lost is an operator's word, and a fence is what makes it true.
+//! 8. A record that ends the hand-over is written after what it stands for: "owner" at the source after `cont`, so that
 //!    a crash in between repeats it. One that promises something is written before it is said.
 
 mod record;
@@ -157,6 +159,16 @@ pub enum Message {
         /// One line.
         reason: String,
     },
+    /// Either: an operator declared you lost and gave the machine to me; end what you have of it.
+    StandDown {
+        /// Newer than everything that the lost host can know; see [`Record::reclaimed`].
+        epoch: Epoch,
+    },
+    /// Whoever was lost: I have nothing of it any more, and never will again under an older epoch.
+    StoodDown {
+        /// The order's.
+        epoch: Epoch,
+    },
 }
 
 impl Message {
@@ -168,7 +180,9 @@ impl Message {
             | Self::Cancel { epoch, .. }
             | Self::Query { epoch }
             | Self::Taken { epoch, .. }
-            | Self::Refused { epoch, .. } => *epoch,
+            | Self::Refused { epoch, .. }
+            | Self::StandDown { epoch }
+            | Self::StoodDown { epoch } => *epoch,
         }
     }
 }

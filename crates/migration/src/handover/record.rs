@@ -4,6 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::{Epoch, RunState};
 
+/// How far [`Record::reclaimed`] goes ahead.
+const RECLAIM_STEP: u64 = 1 << 20;
+
 /// The durable record of one machine at one host. Written by replacing the whole file.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Record {
@@ -19,7 +22,11 @@ pub struct Record {
 #[serde(tag = "state", rename_all = "snake_case")]
 pub enum RecordState {
     /// The machine is here and no hand-over is open.
-    Owner,
+    Owner {
+        /// The other side of the last one, which may yet ask about it, or reclaim the machine.
+        #[serde(default)]
+        peer: Option<String>,
+    },
     /// The machine is here; a hand-over to `peer` is open. The token hasn't left, unless the host crashed before the
     /// next record was synced.
     Offered {
@@ -82,13 +89,20 @@ pub enum Permission<'a> {
 impl Record {
     /// The record of a machine that was created here.
     pub fn created() -> Self {
-        Self { epoch: Epoch::default(), state: RecordState::Owner }
+        Self { epoch: Epoch::default(), state: RecordState::Owner { peer: None } }
     }
 
-    /// The other side of the hand-over, if the record names one.
+    /// The record of a machine that an operator takes here because the host that has it, or may have it, is lost. The
+    /// epoch leaves room for hand-overs that the lost host may have begun since, so that it is newer than all of them.
+    pub fn reclaimed(&self) -> Self {
+        let state = RecordState::Owner { peer: self.peer().map(str::to_owned) };
+        Self { epoch: Epoch(self.epoch.0.saturating_add(RECLAIM_STEP)), state }
+    }
+
+    /// The other side of the newest hand-over, if there was one.
     pub fn peer(&self) -> Option<&str> {
         match &self.state {
-            RecordState::Owner => None,
+            RecordState::Owner { peer } => peer.as_deref(),
             RecordState::Offered { peer, .. }
             | RecordState::GivenAway { peer, .. }
             | RecordState::Awaited { peer }
@@ -102,7 +116,7 @@ impl Record {
     /// written: then newer records may have been lost, and whatever ran is dead.
     pub fn may_run(&self, rebooted: bool) -> Permission<'_> {
         match &self.state {
-            RecordState::Owner | RecordState::Mine { .. } => Permission::Granted,
+            RecordState::Owner { .. } | RecordState::Mine { .. } => Permission::Granted,
             RecordState::Offered { peer, .. } if rebooted => Permission::AskFirst { peer },
             RecordState::Offered { .. } => Permission::Granted,
             RecordState::Taking { .. } if rebooted => Permission::Granted,

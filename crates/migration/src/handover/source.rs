@@ -217,7 +217,11 @@ impl Source {
 
     fn link_lost(&mut self) -> Vec<Action> {
         match self.state {
-            State::Given { .. } | State::Settled { .. } => vec![],
+            State::Given { run_state, .. } => {
+                self.state = State::Given { run_state, asked: self.settings.asks.saturating_add(1) };
+                vec![Action::Report(Outcome::Unsettled)]
+            }
+            State::Settled { .. } => vec![],
             _ => self.take_back("the link was lost".into()),
         }
     }
@@ -262,7 +266,8 @@ impl Source {
             actions.push(Action::ContinueGuest);
         }
         if before != State::Preparing {
-            let record = Record { epoch: self.epoch, state: RecordState::Owner };
+            let state = RecordState::Owner { peer: Some(self.settings.peer.clone()) };
+            let record = Record { epoch: self.epoch, state };
             actions.push(Action::Persist { record, sync: Sync::Behind });
         }
         if !self.qemu_is_dead {

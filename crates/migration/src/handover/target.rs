@@ -90,7 +90,7 @@ impl Target {
     pub fn new(record: Option<Record>, peer: impl Into<String>) -> Self {
         let epoch = record.as_ref().map_or(Epoch::default(), |record| record.epoch);
         let state = match &record {
-            Some(Record { state: RecordState::Owner | RecordState::Offered { .. }, .. }) => {
+            Some(Record { state: RecordState::Owner { .. } | RecordState::Offered { .. }, .. }) => {
                 State::Taken { resumed_unix_us: None }
             }
             _ => State::Idle,
@@ -125,7 +125,8 @@ impl Target {
                 target.state = State::Refused;
                 vec![Action::KillQemu, target.say_refused(target.epoch, "refused before the restart".into())]
             }
-            Some(RecordState::Owner | RecordState::Offered { .. } | RecordState::GivenAway { .. }) | None => {
+            Some(RecordState::Owner { .. } | RecordState::Offered { .. } | RecordState::GivenAway { .. })
+            | None => {
                 vec![]
             }
         };
@@ -187,6 +188,7 @@ impl Target {
             }
             Message::OpenHandover { .. } | Message::Query { .. } => self.answer(epoch),
             Message::Cancel { reason, .. } if epoch == self.epoch => self.give_up(reason),
+            Message::StandDown { .. } => self.stand_down(epoch),
             _ => vec![],
         }
     }
@@ -272,7 +274,7 @@ impl Target {
         }
         self.state = State::Taken { resumed_unix_us };
         vec![
-            self.persist(RecordState::Owner, Sync::Behind),
+            self.persist(self.owner(), Sync::Behind),
             Action::Send(Message::Taken { epoch: self.epoch, resumed_unix_us }),
             Action::Report(Outcome::Taken),
         ]
@@ -290,7 +292,7 @@ impl Target {
     fn died(&mut self, reason: String) -> Vec<Action> {
         self.state = State::Taken { resumed_unix_us: None };
         vec![
-            self.persist(RecordState::Owner, Sync::Before),
+            self.persist(self.owner(), Sync::Before),
             Action::Send(Message::Taken { epoch: self.epoch, resumed_unix_us: None }),
             Action::Report(Outcome::Died { reason }),
         ]
@@ -311,6 +313,22 @@ impl Target {
         ]
     }
 
+    /// Ends whatever this host has of the machine; an order that isn't newer than what it knows means nothing to it.
+    fn stand_down(&mut self, epoch: Epoch) -> Vec<Action> {
+        let stands_down = matches!(&self.before, Some(Record { state: RecordState::Refused { .. }, .. }));
+        if epoch < self.epoch || epoch == self.epoch && !stands_down {
+            return vec![];
+        }
+        self.epoch = epoch;
+        self.state = State::Refused;
+        vec![
+            self.persist(RecordState::Refused { peer: self.peer.clone() }, Sync::Before),
+            Action::KillQemu,
+            Action::Send(Message::StoodDown { epoch }),
+            Action::Report(Outcome::Refused { reason: format!("{} took the machine over", self.peer) }),
+        ]
+    }
+
     fn say_refused(&self, epoch: Epoch, reason: String) -> Action {
         Action::Send(Message::Refused { epoch, reason })
     }
@@ -318,6 +336,10 @@ impl Target {
     /// The machine was here, and went on.
     fn gave_away(&self) -> bool {
         matches!(&self.before, Some(Record { state: RecordState::GivenAway { .. }, .. }))
+    }
+
+    fn owner(&self) -> RecordState {
+        RecordState::Owner { peer: Some(self.peer.clone()) }
     }
 
     fn persist(&self, state: RecordState, sync: Sync) -> Action {

@@ -172,7 +172,7 @@ fn records_say_who_may_run() {
     let denied = Permission::Denied { holder: "b" };
     let given = |settled| RecordState::GivenAway { peer: peer(), run_state: RunState::Running, settled };
     for (state, same_boot, rebooted) in [
-        (RecordState::Owner, granted, granted),
+        (RecordState::Owner { peer: None }, granted, granted),
         (RecordState::Offered { peer: peer(), stopped: None }, granted, ask),
         (given(false), ask, ask),
         (given(true), denied, denied),

@@ -136,7 +136,7 @@ fn is_settled(scenario: &Scenario, world: &World) -> bool {
     let (Some(here), there) = (&world.source_disk.written, &world.target_disk.written) else {
         return false;
     };
-    let at_source = here.state == RecordState::Owner
+    let at_source = matches!(here.state, RecordState::Owner { .. })
         && (world.source_qemu == SourceQemu::Live
             || world.source_qemu == SourceQemu::PostMigrate && !scenario.run_state.is_live())
         && !world.target_disk.may_run()

@@ -547,7 +547,7 @@ impl World {
             && self.target_disk.written.as_ref().is_some_and(|record| {
                 matches!(
                     record.state,
-                    RecordState::Taking { .. } | RecordState::Mine { .. } | RecordState::Owner
+                    RecordState::Taking { .. } | RecordState::Mine { .. } | RecordState::Owner { .. }
                 )
             })
     }
@@ -606,7 +606,7 @@ impl World {
         let Some(record) = &self.source_disk.written else { return };
         if self.attempts_left > 0
             && idle
-            && record.state == RecordState::Owner
+            && matches!(record.state, RecordState::Owner { .. })
             && self.source_qemu == SourceQemu::Live
         {
             self.attempts_left -= 1;
@@ -644,7 +644,9 @@ fn with_epoch(message: &Message, epoch: Epoch) -> Message {
         | Message::Cancel { epoch: old, .. }
         | Message::Query { epoch: old }
         | Message::Taken { epoch: old, .. }
-        | Message::Refused { epoch: old, .. } => *old = epoch,
+        | Message::Refused { epoch: old, .. }
+        | Message::StandDown { epoch: old }
+        | Message::StoodDown { epoch: old } => *old = epoch,
     }
     message
 }
