@@ -1,14 +1,12 @@
 //! Who may run a machine, by the token record in its directory (`godwit_migration::handover`).
 
-use std::{fs, time::SystemTime};
-
 use godwit_migration::handover::{Epoch, Permission};
 
 use super::{
     error::{AgentError, Refusal},
     state::MachineDir,
 };
-use crate::token::{Store, TOKEN_FILE, TokenError};
+use crate::token::{Found, Store, TokenError};
 
 /// What this host knows of the right to run a machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -32,10 +30,10 @@ pub(super) enum Holder {
 
 /// Reads the record. A machine without one was never handed over, so it is this host's.
 pub(super) fn of(directory: &MachineDir) -> Result<Ownership, TokenError> {
-    let Some(record) = Store::open(directory.path()).load()? else {
+    let Some(Found { record, rebooted }) = Store::open(directory.path()).find()? else {
         return Ok(Ownership { epoch: Epoch::default(), holder: Holder::Here });
     };
-    let holder = match record.may_run(rebooted_since(directory)) {
+    let holder = match record.may_run(rebooted) {
         Permission::Granted => Holder::Here,
         Permission::AskFirst { peer } => Holder::Unsettled(peer.to_owned()),
         Permission::Denied { holder } => Holder::Peer(holder.to_owned()),
@@ -52,14 +50,4 @@ pub(super) fn check(machine: &str, directory: &MachineDir) -> Result<Epoch, Agen
         Holder::Peer(holder) => Err(Refusal::GivenAway { machine, holder }.into()),
         Holder::Unsettled(peer) => Err(Refusal::Unsettled { machine, peer }.into()),
     }
-}
-
-/// Whether the host has booted since the record was written; in doubt it has.
-fn rebooted_since(directory: &MachineDir) -> bool {
-    let written = fs::metadata(directory.path().join(TOKEN_FILE)).and_then(|meta| meta.modified()).ok();
-    let booted = fs::read_to_string("/proc/stat").ok().and_then(|stat| {
-        let seconds = stat.lines().find_map(|line| line.strip_prefix("btime "))?;
-        Some(SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(seconds.trim().parse().ok()?))
-    });
-    written.zip(booted).is_none_or(|(written, booted)| written < booted)
 }
