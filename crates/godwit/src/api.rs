@@ -3,10 +3,17 @@
 use std::path::PathBuf;
 
 use godwit_qemu::machine::Spec;
+use godwit_transport::session::Versions;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
 use crate::job::{Options, Phase, Progress, Report, Role};
+
+/// The versions that agents speak among themselves; a release speaks its own and the one before.
+pub(crate) const AGENT_VERSIONS: Versions = Versions { lowest: 1, highest: 1 };
+/// The header in which an agent says, `lowest-highest`, what it speaks: read before anything else of a request, so that
+/// a request which only a newer agent understands is refused for the right reason.
+pub(crate) const VERSIONS_HEADER: &str = "godwit-versions";
 
 /// An error in the API: one line, and a kind that decides the exit code.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema, thiserror::Error)]

@@ -7,7 +7,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use crate::api::Problem;
+use crate::api::{AGENT_VERSIONS, Problem, VERSIONS_HEADER};
 
 /// No answer is read beyond this; event streams aren't answers.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
@@ -50,6 +50,7 @@ where
         .uri(path)
         .header(header::HOST, "godwit")
         .header(header::CONTENT_TYPE, "application/json")
+        .header(VERSIONS_HEADER, format!("{}-{}", AGENT_VERSIONS.lowest, AGENT_VERSIONS.highest))
         .body(Full::new(Bytes::from(body)))
         .map_err(|error| HttpError::Answer(error.to_string()))?;
     let response = sender.send_request(request).await?;

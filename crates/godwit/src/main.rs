@@ -5,6 +5,7 @@
 
 mod agent;
 mod api;
+mod borrowed;
 mod cli;
 mod http;
 mod job;

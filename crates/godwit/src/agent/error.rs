@@ -44,6 +44,10 @@ pub(super) enum Refusal {
     MayNotReceive(String),
     #[error("machines of {0} aren't accepted: [peers.{0}] has no may_send")]
     MayNotSend(String),
+    #[error("{peer} speaks {theirs} between agents, this host {ours}")]
+    Versions { peer: String, theirs: String, ours: String },
+    #[error("{peer} {what} too often; it may again in {wait}", wait = time_ms((wait.as_millis() as f64).max(1.0)))]
+    TooOften { peer: String, what: &'static str, wait: Duration },
     #[error("{peer} refuses: {reason}")]
     Peer { peer: String, reason: String },
     #[error("{needed} are needed and {available} are free ({reserve} of it reserved)", needed = size(*needed_bytes),

@@ -10,6 +10,7 @@ use std::{fs, sync::Arc, time::Duration};
 use axum::{
     Extension, Json, Router,
     extract::{DefaultBodyLimit, Path, State},
+    middleware,
     routing::{delete, post},
 };
 use godwit_migration::handover::Epoch;
@@ -22,6 +23,7 @@ use tokio::{
 
 use super::{
     Agent, accelerator,
+    admission::admit,
     api::Body,
     error::{AgentError, Refusal},
     launch,
@@ -52,6 +54,7 @@ pub(super) fn router(agent: Arc<Agent>, peer: HostName) -> Router {
     Router::new()
         .route(INCOMING_PATH, post(accept))
         .route(&format!("{INCOMING_PATH}/{{id}}"), delete(withdraw))
+        .layer(middleware::from_fn_with_state(agent.clone(), admit))
         .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
         .layer(Extension(peer))
         .with_state(agent)

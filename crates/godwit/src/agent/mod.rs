@@ -14,6 +14,7 @@
 //! | [`migrations`], [`outgoing`], [`incoming`] | migrations: following them, and how each side begins one |
 
 mod accelerator;
+mod admission;
 mod adoption;
 mod api;
 pub(crate) mod config;
@@ -27,6 +28,7 @@ mod outgoing;
 mod ownership;
 mod peers;
 pub(crate) mod process;
+mod rate;
 mod state;
 mod taps;
 mod workers;
@@ -47,13 +49,14 @@ use tokio::{
 };
 use tracing_subscriber::EnvFilter;
 
-pub(crate) use self::{api::openapi, state::StateError};
 use self::{
+    admission::Admission,
     config::{Config, ConfigError},
     machines::Busy,
     migrations::Migrations,
     state::StateDir,
 };
+pub(crate) use self::{api::openapi, state::StateError};
 
 /// The variable that says how much is logged, in the syntax of `tracing_subscriber::EnvFilter`.
 pub(crate) const LOG_VARIABLE: &str = "GODWIT_LOG";
@@ -112,6 +115,7 @@ pub(crate) struct Agent {
     accelerator: OnceCell<Accel>,
     busy: Busy,
     migrations: Migrations,
+    admission: Admission,
 }
 
 /// Runs the agent until SIGTERM or SIGINT, or only checks that it could.
@@ -135,6 +139,7 @@ pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
         accelerator: OnceCell::new(),
         busy: Busy::default(),
         migrations: Migrations::default(),
+        admission: Admission::default(),
     });
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(agent.serve())
 }

@@ -26,7 +26,7 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::process::Process;
-use crate::{job, token::TOKEN_FILE};
+use crate::{borrowed, job, token::TOKEN_FILE};
 
 /// No file of the state directory is read beyond this.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -210,6 +210,7 @@ impl MachineDir {
             let _ = fs::remove_file(file);
         }
         let _ = fs::remove_file(self.path().join("process.json"));
+        borrowed::forget(self.path());
     }
 
     /// Removes everything but the record of who may run the machine, which outlives a refused hand-over.

@@ -3,12 +3,14 @@
 use std::{
     collections::BTreeMap,
     os::unix::net::{UnixListener, UnixStream},
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use godwit_qemu::qmp::{Client, MigrationSettings, MigrationState, QmpError, RunState};
 use serde_json::{Map, json};
+
+use crate::{borrowed, worker::stream_socket};
 
 /// What is switched on; everything else that is on is switched off for the migration.
 const CAPABILITIES: [&str; 3] = ["events", "return-path", "switchover-ack"];
@@ -39,6 +41,9 @@ pub(crate) enum GuestError {
     /// The machine is in a state in which nothing can be moved.
     #[error("the machine is {0:?}; it can be moved while it is running or paused")]
     NotMovable(RunState),
+    /// What QEMU had set can't be written down.
+    #[error("can't write down what QEMU had set")]
+    NoNote(#[source] std::io::Error),
     /// QEMU didn't open its stream.
     #[error("QEMU didn't open its migration stream")]
     NoStream(#[source] std::io::Error),
@@ -50,6 +55,7 @@ pub(crate) enum GuestError {
 /// A machine's QEMU while it is being moved.
 pub(super) struct Guest {
     pub(super) monitor: Client,
+    machine_dir: PathBuf,
     saved: MigrationSettings,
     /// What it did when the migration began.
     pub(super) run_state: RunState,
@@ -57,7 +63,7 @@ pub(super) struct Guest {
 
 impl Guest {
     /// Looks at the machine; changes nothing.
-    pub(super) async fn inspect(monitor: Client) -> Result<Self, GuestError> {
+    pub(super) async fn inspect(monitor: Client, machine_dir: &Path) -> Result<Self, GuestError> {
         let status = monitor.query_status().await?;
         let movable = matches!(
             status.state,
@@ -82,12 +88,15 @@ impl Guest {
         let saved = monitor.migration_settings().await?;
         match CAPABILITIES.into_iter().find(|name| !saved.capabilities.contains_key(*name)) {
             Some(lacking) => Err(GuestError::Lacks(lacking)),
-            None => Ok(Self { monitor, saved, run_state: status.state }),
+            None => Ok(Self { monitor, machine_dir: machine_dir.to_owned(), saved, run_state: status.state }),
         }
     }
 
-    /// Lets QEMU migrate into a unix socket at `path` and gives the other end of it.
-    pub(super) async fn open_stream(&self, path: &Path) -> Result<UnixStream, GuestError> {
+    /// Lets QEMU migrate into a unix socket and gives the other end of it.
+    pub(super) async fn open_stream(&self) -> Result<UnixStream, GuestError> {
+        let path = &stream_socket(&self.machine_dir);
+        let _ = std::fs::remove_file(path);
+        borrowed::note(&self.machine_dir, &self.saved).map_err(GuestError::NoNote)?;
         self.monitor.set_migrate_capabilities(&self.wanted_capabilities()).await?;
         self.set_parameters(STOP_IS_FAR).await?;
         let listener = UnixListener::bind(path).map_err(GuestError::NoStream)?;
@@ -141,10 +150,7 @@ impl Guest {
 
     /// Puts back what was changed of QEMU's settings, if QEMU is still there.
     pub(super) async fn put_back(&self) -> Result<(), GuestError> {
-        if self.monitor.is_closed() {
-            return Ok(());
-        }
-        Ok(self.monitor.restore_migration_settings(&self.saved).await?)
+        Ok(borrowed::give_back(&self.machine_dir, &self.monitor).await?)
     }
 
     async fn settled(&self) -> Result<(), GuestError> {

@@ -77,7 +77,8 @@ async fn migrate(
     draft: &mut ReportDraft,
 ) -> Result<(), WorkerError> {
     journal.say(Happening::Phase { phase: Phase::Preparing });
-    let guest = Guest::inspect(qmp::Client::connect(&job.qmp, MONITOR_TIMEOUT).await?).await?;
+    let guest =
+        Guest::inspect(qmp::Client::connect(&job.qmp, MONITOR_TIMEOUT).await?, &job.machine_dir).await?;
     let map = MemoryMap::of(&guest.monitor).await?;
     let memory = readable_memory(job, &map, journal)?;
     if memory.is_none() && job.options.verify == Verify::Full {
@@ -192,7 +193,7 @@ async fn start_threads(
         None => (Box::new(Inline::default()), Duration::ZERO),
     };
     let stage = Arc::new(SharedStage::new(map.page_count(), contents, embargo));
-    let stream = guest.open_stream(&super::stream_socket(&job.machine_dir)).await?;
+    let stream = guest.open_stream().await?;
     let return_path = stream.try_clone().map_err(WorkerError::ReturnPath)?;
 
     let account = Arc::new(Account::default());

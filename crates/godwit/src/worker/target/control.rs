@@ -18,6 +18,7 @@ use tokio::{
 
 use super::intake::{Arrived, IntakeError};
 use crate::{
+    borrowed,
     job::{self, Command, Happening, Job, Phase},
     output::one_line,
     token::{Durability, Store, TokenError},
@@ -128,6 +129,11 @@ impl<'a> Control<'a> {
         if self.parts.handover.is_idle() {
             self.draft.taken_back(job::Outcome::Failed, "the source ended the migration".into());
             end_qemu(&self.parts.monitor, self.job.pid).await?;
+        }
+        if matches!(self.outcome, Some(Outcome::Taken))
+            && let Err(error) = borrowed::give_back(&self.job.machine_dir, &self.parts.monitor).await
+        {
+            self.journal.warn(one_line(&error));
         }
         // The source waits for the acknowledgement of its last word.
         let _ = tokio::time::timeout(GOODBYE, self.parts.session.close()).await;

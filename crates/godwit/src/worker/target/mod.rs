@@ -42,6 +42,7 @@ use self::{
 };
 use super::{MONITOR_TIMEOUT, WorkerError, account::ReportDraft, journal::Journal, memory_map::MemoryMap};
 use crate::{
+    borrowed,
     job::{Command, Happening, Job, Phase, Report},
     token::Store,
 };
@@ -78,6 +79,9 @@ async fn receive(
     let door = directory.join(crate::job::ACCEPT_SOCKET);
     let streams = door::open(&door).map_err(|source| WorkerError::Socket { what: "accept.sock", source })?;
     let monitor = qmp::Client::connect(&job.qmp, MONITOR_TIMEOUT).await?;
+    let settings = monitor.migration_settings().await?;
+    borrowed::note(&job.machine_dir, &settings)
+        .map_err(|source| WorkerError::Socket { what: "the note of what QEMU had set", source })?;
     let stream = open_stream(&monitor, &super::stream_socket(&job.machine_dir)).await?;
     let map = MemoryMap::of(&monitor).await?;
     let memory = ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges())?;

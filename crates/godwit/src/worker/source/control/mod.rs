@@ -287,6 +287,9 @@ impl<'a> Control<'a> {
                 self.cancelled = true;
                 self.abort("cancelled by the operator".into())
             }
+            Happened::Command(Command::PeerSays { message }) => {
+                self.handover.apply(SourceEvent::PeerSays(message))
+            }
             Happened::Command(Command::SetBandwidth { bytes_per_second }) => {
                 self.bandwidth = bytes_per_second;
                 self.session.set_bandwidth(bytes_per_second);
