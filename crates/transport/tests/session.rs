@@ -12,14 +12,20 @@ use godwit_transport::{
     route::Route,
     session::{
         AcceptConfig, ConnectConfig, Lane, Limits, LinkError, Refusal, Session, SessionError, Timeouts,
+        Versions,
+        core::Role,
+        frame::NextExpected,
+        hello::{HELLO_BYTES, Hello, SessionId, VERSIONS, Verdict},
     },
+    tls,
 };
 use hosts::{Installation, host_name, listen};
 use tokio::{
-    io::copy_bidirectional,
+    io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional},
     net::{TcpListener, TcpStream},
     sync::{mpsc, watch},
 };
+use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 fn connect_config(address: SocketAddr, identity: Arc<HostIdentity>, bulk_connections: u8) -> ConnectConfig {
     ConnectConfig {
@@ -170,6 +176,62 @@ async fn another_host_of_the_same_authority_is_refused() {
     let source = Session::connect(connect_config(address, installation.host("hosta"), 1)).await.unwrap();
     source.send(Lane::Urgent, 3, Bytes::new()).await.unwrap();
     assert_eq!(target.await.unwrap().unwrap().recv(Lane::Urgent).await.unwrap().unwrap().kind, 3);
+}
+
+/// A hello as a peer of another release would say it.
+fn foreign_hello(versions: Versions, verdict: Verdict) -> Hello {
+    Hello {
+        versions,
+        verdict,
+        role: Role::Urgent,
+        bulk_connections: 1,
+        session: SessionId([7; 16]),
+        attempt: 1,
+        received: NextExpected::default(),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_of_another_release_is_told_both_sides_versions() {
+    let installation = Installation::new();
+    let (address, streams) = listen().await;
+    let target = tokio::spawn(Session::accept(accept_config(installation.host("hostb")), streams));
+    let source = installation.host("hosta");
+    let connector = TlsConnector::from(tls::client_config(&source, &host_name("hostb")).unwrap());
+    for foreign in [Versions { lowest: 7, highest: 8 }, Versions { lowest: 0, highest: 0 }] {
+        let stream = TcpStream::connect(address).await.unwrap();
+        let name = Route::Migration("web1-1".to_owned()).server_name().unwrap();
+        let mut stream = connector.connect(name, stream).await.unwrap();
+        stream.write_all(&foreign_hello(foreign, Verdict::Offer).encode()).await.unwrap();
+        let mut answer = [0; HELLO_BYTES];
+        stream.read_exact(&mut answer).await.unwrap();
+        let answer = Hello::decode(&answer).unwrap();
+        assert_eq!((answer.verdict, answer.versions), (Verdict::Refuse(Refusal::Version), VERSIONS));
+    }
+    // One of this release is still welcome.
+    Session::connect(connect_config(address, source, 1)).await.unwrap();
+    target.await.unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_target_of_another_release_is_named_with_both_sides_versions() {
+    let installation = Installation::new();
+    let (address, mut streams) = listen().await;
+    let acceptor = TlsAcceptor::from(tls::server_config(&installation.host("hostb")).unwrap());
+    tokio::spawn(async move {
+        while let Some(stream) = streams.recv().await {
+            let Ok(mut stream) = acceptor.accept(stream).await else { continue };
+            let mut offer = [0; HELLO_BYTES];
+            stream.read_exact(&mut offer).await.unwrap();
+            let versions = Versions { lowest: 7, highest: 8 };
+            let offer = Hello::decode(&offer).unwrap();
+            let answer = Hello { versions, verdict: Verdict::Refuse(Refusal::Version), ..offer };
+            stream.write_all(&answer.encode()).await.unwrap();
+            stream.shutdown().await.unwrap();
+        }
+    });
+    let error = Session::connect(connect_config(address, installation.host("hosta"), 1)).await.unwrap_err();
+    assert!(error.to_string().contains("(it speaks versions 7 to 8, this host 1 to 1)"), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
