@@ -1,85 +1,66 @@
-//! The durable record of who may run a machine: one small file beside the machine's spec.
-//!
-//! A record is replaced by writing a new file and renaming it, so that a crash leaves the old one or the new one, never
-//! a torn one. What survives what: [`Durability::Written`] survives the death of this process (the kernel has it);
-//! [`Durability::Synced`] survives the death of the host. The kernel's boot id stands beside the record, so that "has
-//! this host booted since?" has an answer that no clock can make wrong.
+//! The durable record of who may run a machine, in the machine's directory. How it survives what is
+//! [`godwit_migration::handover::store`]'s; this is the directory.
 
 use std::{
     fs::{self, File, OpenOptions},
-    io::{self, Write},
+    io::{self, Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
 };
 
-use godwit_migration::handover::Record;
-use serde::{Deserialize, Serialize};
+use godwit_migration::handover::{
+    Record,
+    store::{BootId, RecordStore, Storage, StoreError, WRITTEN_FILE},
+};
 
 /// The file's name in a machine's directory.
-pub(crate) const TOKEN_FILE: &str = "token.json";
-/// No record is larger; a larger file isn't one.
-const RECORD_BYTES_MAX: u64 = 4096;
+pub(crate) use godwit_migration::handover::store::SYNCED_FILE as TOKEN_FILE;
+pub(crate) use godwit_migration::handover::store::{Durability, Found};
+
 /// A new random id at every boot.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-
-/// What a saved record must survive.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Durability {
-    /// The death of the process.
-    Written,
-    /// The death of the host.
-    Synced,
-}
 
 /// Why a record can't be read or written.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TokenError {
     /// The file system refused.
-    #[error("can't access {path}")]
-    Io {
-        /// The file or directory.
-        path: PathBuf,
-        /// What it said.
-        source: io::Error,
+    #[error("can't access the token record in {directory}")]
+    Access {
+        /// The machine's directory.
+        directory: PathBuf,
+        /// What was tried.
+        source: StoreError,
     },
     /// There is a file, but it isn't a record. The machine must not be started from it.
-    #[error("{path} isn't a token record; restore it, or remove it if this machine surely runs nowhere else")]
+    #[error(
+        "{directory} holds a damaged token record; restore it, or remove it if this machine surely runs nowhere else"
+    )]
     Damaged {
-        /// The file.
-        path: PathBuf,
-        /// Where it stops making sense.
-        source: serde_json::Error,
+        /// The machine's directory.
+        directory: PathBuf,
+        /// Which file, and where it stops making sense.
+        source: StoreError,
     },
 }
 
-/// A record as it was found.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Found {
-    /// The record.
-    pub(crate) record: Record,
-    /// The host has booted since it was written; in doubt it has.
-    pub(crate) rebooted: bool,
-}
-
-/// What the file holds.
-#[derive(Debug, Serialize, Deserialize)]
-struct Saved {
-    #[serde(flatten)]
-    record: Record,
-    #[serde(default)]
-    boot_id: Option<String>,
+/// Whether a file of a machine's directory belongs to its record.
+pub(crate) fn is_record_file(name: &std::ffi::OsStr) -> bool {
+    name == TOKEN_FILE || name == WRITTEN_FILE
 }
 
 /// The record's place on this host.
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
     directory: PathBuf,
+    records: RecordStore<Directory>,
 }
 
 impl Store {
     /// The store of the machine whose directory this is.
     pub(crate) fn open(machine_dir: impl Into<PathBuf>) -> Self {
-        Self { directory: machine_dir.into() }
+        let directory = machine_dir.into();
+        let records = RecordStore::new(Directory(directory.clone()), boot_id());
+        Self { directory, records }
     }
 
     /// The record, or `None` if the machine never took part in a hand-over here.
@@ -89,91 +70,139 @@ impl Store {
 
     /// [`Store::load`], and whether the host has booted since the record was written.
     pub(crate) fn find(&self) -> Result<Option<Found>, TokenError> {
-        let path = self.path();
-        match fs::metadata(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Ok(meta) if meta.len() > RECORD_BYTES_MAX => {
-                let source = serde::de::Error::custom(format!("{} bytes is too long", meta.len()));
-                return Err(TokenError::Damaged { path, source });
-            }
-            _ => {}
-        }
-        let bytes = fs::read(&path).map_err(|source| TokenError::Io { path: path.clone(), source })?;
-        let saved: Saved =
-            serde_json::from_slice(&bytes).map_err(|source| TokenError::Damaged { path, source })?;
-        let rebooted = saved.boot_id.is_none() || saved.boot_id != boot_id();
-        Ok(Some(Found { record: saved.record, rebooted }))
+        self.records.find().map_err(|error| self.explain(error))
     }
 
     /// Replaces the record; when this returns, the new one survives what `durability` says.
     pub(crate) fn save(&self, record: &Record, durability: Durability) -> Result<(), TokenError> {
-        let path = self.path();
-        let scratch = path.with_extension("new");
-        let saved = Saved { record: record.clone(), boot_id: boot_id() };
-        let bytes = serde_json::to_vec(&saved).expect("records are plain data");
-        write_new(&scratch, &bytes, durability)
-            .and_then(|()| fs::rename(&scratch, &path))
-            .and_then(|()| sync_directory(&self.directory, durability))
-            .map_err(|source| TokenError::Io { path, source })
+        self.records.save(record, durability).map_err(|error| self.explain(error))
     }
 
-    /// Makes a record that was only [`Durability::Written`] survive the host.
+    /// Makes the newest record survive the host. May run beside [`Store::save`]; whoever goes on from a record after a
+    /// crash does this first.
     pub(crate) fn sync(&self) -> Result<(), TokenError> {
-        let path = self.path();
-        File::open(&path)
-            .and_then(|file| file.sync_all())
-            .and_then(|()| sync_directory(&self.directory, Durability::Synced))
-            .map_err(|source| TokenError::Io { path, source })
+        self.records.sync().map_err(|error| self.explain(error))
     }
 
-    fn path(&self) -> PathBuf {
-        self.directory.join(TOKEN_FILE)
-    }
-}
-
-fn boot_id() -> Option<String> {
-    fs::read_to_string(BOOT_ID).ok().map(|id| id.trim().to_owned())
-}
-
-fn write_new(path: &Path, bytes: &[u8], durability: Durability) -> io::Result<()> {
-    let mut file = OpenOptions::new().create(true).write(true).truncate(true).mode(0o600).open(path)?;
-    file.write_all(bytes)?;
-    match durability {
-        Durability::Written => Ok(()),
-        Durability::Synced => file.sync_all(),
+    fn explain(&self, source: StoreError) -> TokenError {
+        let directory = self.directory.clone();
+        match source {
+            StoreError::Storage { .. } => TokenError::Access { directory, source },
+            StoreError::Damaged { .. } => TokenError::Damaged { directory, source },
+        }
     }
 }
 
-fn sync_directory(directory: &Path, durability: Durability) -> io::Result<()> {
-    match durability {
-        Durability::Written => Ok(()),
-        Durability::Synced => File::open(directory)?.sync_all(),
+fn boot_id() -> Option<BootId> {
+    fs::read_to_string(BOOT_ID).ok().map(|id| BootId(id.trim().to_owned()))
+}
+
+/// A real directory.
+#[derive(Debug, Clone)]
+struct Directory(PathBuf);
+
+impl Storage for Directory {
+    fn read(&self, name: &str, limit: usize) -> io::Result<Option<Vec<u8>>> {
+        let file = match File::open(self.0.join(name)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened?,
+        };
+        let mut content = Vec::new();
+        file.take(limit as u64).read_to_end(&mut content)?;
+        Ok(Some(content))
     }
+
+    fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
+        let mut options = OpenOptions::new();
+        let mut file = options.create(true).write(true).truncate(true).mode(0o600).open(self.0.join(name))?;
+        file.write_all(content)
+    }
+
+    fn sync_file(&self, name: &str) -> io::Result<()> {
+        sync(&self.0.join(name))
+    }
+
+    fn rename(&self, from: &str, to: &str) -> io::Result<()> {
+        fs::rename(self.0.join(from), self.0.join(to))
+    }
+
+    fn remove(&self, name: &str) -> io::Result<()> {
+        match fs::remove_file(self.0.join(name)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        }
+    }
+
+    fn sync_directory(&self) -> io::Result<()> {
+        sync(&self.0)
+    }
+
+    fn sync_parent(&self) -> io::Result<()> {
+        self.0.parent().map_or(Ok(()), sync)
+    }
+}
+
+fn sync(path: &Path) -> io::Result<()> {
+    File::open(path)?.sync_all()
 }
 
 #[cfg(test)]
 mod tests {
+    use godwit_migration::handover::{Epoch, RecordState};
+
     use super::*;
 
-    #[test]
-    fn a_record_of_this_boot_is_known_from_one_of_another() {
-        let scratch = tempfile::tempdir().unwrap();
-        let store = Store::open(scratch.path());
-        assert_eq!(store.find().unwrap(), None);
-        store.save(&Record::created(), Durability::Written).unwrap();
-        assert_eq!(store.find().unwrap(), Some(Found { record: Record::created(), rebooted: false }));
-
-        let text = fs::read_to_string(store.path()).unwrap();
-        let other_boot = text.replace(&boot_id().unwrap(), "00000000-0000-4000-8000-000000000000");
-        fs::write(store.path(), other_boot).unwrap();
-        assert!(store.find().unwrap().unwrap().rebooted);
+    fn refused(epoch: u64) -> Record {
+        Record { epoch: Epoch(epoch), state: RecordState::Refused { peer: "hosta".into() } }
     }
 
     #[test]
-    fn a_record_without_a_boot_is_in_doubt() {
+    fn the_newest_record_is_found_whatever_it_was_to_survive() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = Store::open(scratch.path().join("web1"));
+        assert!(matches!(store.save(&refused(1), Durability::Synced), Err(TokenError::Access { .. })));
+        fs::create_dir(scratch.path().join("web1")).unwrap();
+        assert_eq!(store.find().unwrap(), None);
+        for (epoch, durability) in [
+            (1, Durability::Synced),
+            (2, Durability::Written),
+            (3, Durability::Written),
+            (4, Durability::Synced),
+        ] {
+            store.save(&refused(epoch), durability).unwrap();
+            assert_eq!(store.find().unwrap(), Some(Found { record: refused(epoch), rebooted: false }));
+            store.sync().unwrap();
+            assert_eq!(store.load().unwrap(), Some(refused(epoch)));
+        }
+    }
+
+    #[test]
+    fn a_record_of_another_boot_is_known_by_its_boot_id() {
         let scratch = tempfile::tempdir().unwrap();
         let store = Store::open(scratch.path());
-        fs::write(store.path(), serde_json::to_vec(&Record::created()).unwrap()).unwrap();
-        assert_eq!(store.find().unwrap(), Some(Found { record: Record::created(), rebooted: true }));
+        store.save(&refused(1), Durability::Synced).unwrap();
+        let path = scratch.path().join(TOKEN_FILE);
+        let text = fs::read_to_string(&path).unwrap();
+        fs::write(&path, text.replace(&boot_id().unwrap().0, "00000000-0000-4000-8000-000000000000"))
+            .unwrap();
+        assert_eq!(store.find().unwrap(), Some(Found { record: refused(1), rebooted: true }));
+    }
+
+    #[test]
+    fn a_record_without_a_boot_id_is_in_doubt() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = Store::open(scratch.path());
+        fs::write(scratch.path().join(TOKEN_FILE), serde_json::to_vec(&refused(1)).unwrap()).unwrap();
+        assert_eq!(store.find().unwrap(), Some(Found { record: refused(1), rebooted: true }));
+    }
+
+    #[test]
+    fn something_else_is_not_taken_for_a_record() {
+        let scratch = tempfile::tempdir().unwrap();
+        let store = Store::open(scratch.path());
+        for content in [&b""[..], b"{\"epoch\":1", b"[]", &[b' '; 5000]] {
+            fs::write(scratch.path().join(TOKEN_FILE), content).unwrap();
+            assert!(matches!(store.find(), Err(TokenError::Damaged { .. })));
+        }
     }
 }

@@ -5,7 +5,7 @@
 //!            /accelerator.json            what the probe found (see `accelerator`)
 //!            /machines/<name>/spec.json   the machine
 //!                            /process.json  QEMU's process, its TAPs; absent while the machine is off
-//!                            /token.json  who may run it (see `crate::token`)
+//!                            /token.json token-written.json  who may run it (see `crate::token`)
 //!                            /qemu.pid qmp.sock qmp-migration.sock console.sock qemu.log
 //!            /migrations/<id>/…           see `crate::job`
 //!            /learned/<peer>.json         what pauses towards a peer taught
@@ -26,7 +26,10 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::process::Process;
-use crate::{borrowed, job, token::TOKEN_FILE};
+use crate::{
+    borrowed, job,
+    token::{TOKEN_FILE, is_record_file},
+};
 
 /// No file of the state directory is read beyond this.
 const FILE_BYTES_MAX: u64 = 1 << 20;
@@ -222,7 +225,7 @@ impl MachineDir {
             return self.remove();
         }
         for entry in fs::read_dir(self.path()).map_err(at(self.path()))?.flatten() {
-            if entry.file_name() != TOKEN_FILE {
+            if !is_record_file(&entry.file_name()) {
                 fs::remove_file(entry.path()).map_err(at(self.path()))?;
             }
         }

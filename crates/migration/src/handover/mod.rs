@@ -63,6 +63,7 @@
 
 mod record;
 mod source;
+pub mod store;
 mod target;
 
 use serde::{Deserialize, Serialize};
