@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use godwit_migration::handover;
 use godwit_qemu::machine::Spec;
 use godwit_transport::session::Versions;
 use serde::{Deserialize, Serialize};
@@ -54,6 +55,8 @@ pub(crate) struct Health {
     pub machines: usize,
     /// Migrations under way.
     pub migrations: usize,
+    /// When this host's certificate expires, seconds since the Unix epoch.
+    pub certificate_expires_unix_s: u64,
 }
 
 /// A machine as this host sees it.
@@ -188,4 +191,93 @@ pub(crate) struct IncomingReady {
 pub(crate) struct Withdrawn {
     /// The migration.
     pub id: String,
+}
+
+/// Finish or roll back what migrations left behind.
+#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RecoverRequest {
+    /// One machine; by default all.
+    pub machine: Option<String>,
+    /// Take the machine here although this host has, or may have, it.
+    #[serde(default)]
+    pub assume_lost: Option<AssumeLost>,
+}
+
+/// A host that doesn't come back.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct AssumeLost {
+    /// Its name.
+    pub host: String,
+    /// The operator says that it surely runs nothing; needed where no `fence_command` makes sure.
+    #[serde(default)]
+    pub confirmed: bool,
+}
+
+/// What was found and done.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Recovery {
+    /// One entry a machine.
+    pub machines: Vec<Finding>,
+}
+
+/// What was found of one machine, and done about it.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Finding {
+    /// The machine.
+    pub name: String,
+    /// How its hand-over stood.
+    pub found: String,
+    /// What was done about it.
+    pub did: String,
+    /// Whether anything is still open.
+    pub state: FindingState,
+    /// The host that has the machine, if it is known.
+    pub at: Option<String>,
+}
+
+/// Whether anything is still open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum FindingState {
+    /// Nothing.
+    Settled,
+    /// The other host has to answer, or a worker is at it; it is tried again by itself.
+    Waiting,
+    /// QEMU or the disk doesn't do what it should; it is tried again by itself.
+    Failed,
+}
+
+/// One agent says something about an open hand-over to another, because a worker can't.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct HandoverRequest {
+    /// The machine.
+    pub machine: String,
+    /// What is said.
+    pub message: handover::Message,
+}
+
+/// The answer to a [`HandoverRequest`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct HandoverAnswer {
+    /// `None`: nothing to say, or not yet.
+    pub message: Option<handover::Message>,
+}
+
+/// What a host that was declared lost has to stand down from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Orders {
+    /// One entry a machine.
+    pub orders: Vec<StandDownOrder>,
+}
+
+/// See [`handover::Message::StandDown`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct StandDownOrder {
+    /// The machine.
+    pub machine: String,
+    /// The epoch under which it was taken over.
+    pub epoch: u64,
 }

@@ -4,7 +4,10 @@
 //! curl --unix-socket /run/godwit/agent.sock http://godwit/v1/machines
 //! ```
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use axum::{
     Json, Router,
@@ -25,8 +28,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{Agent, error::AgentError};
 use crate::{
     api::{
-        AdoptRequest, BandwidthRequest, Health, Machine, MigrateRequest, Migration, Problem, ProblemCode,
-        Removed, RunRequest, StopRequest,
+        AdoptRequest, AssumeLost, BandwidthRequest, Health, Machine, MigrateRequest, Migration, Problem,
+        ProblemCode, RecoverRequest, Recovery, Removed, RunRequest, StopRequest,
     },
     job::{self, Command, Event},
 };
@@ -58,6 +61,7 @@ fn described() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(show_migration))
         .routes(routes!(events))
         .routes(routes!(cancel))
+        .routes(routes!(recover))
         .routes(routes!(set_bandwidth))
 }
 
@@ -101,7 +105,12 @@ async fn health(State(agent): Shared) -> Answer<Health> {
         accelerator: agent.accelerator.get().map(|accel| format!("{accel:?}").to_lowercase()),
         machines: agent.state.machines()?.len(),
         migrations: agent.migrations.count(),
+        certificate_expires_unix_s: unix_s(agent.credentials.expires()),
     }))
+}
+
+fn unix_s(time: SystemTime) -> u64 {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
 /// This description
@@ -206,6 +215,20 @@ async fn events(State(agent): Shared, Path(id): Path<String>) -> Result<Response
     (status = OK, body = Migration), (status = NOT_FOUND, body = Problem), (status = CONFLICT, body = Problem)))]
 async fn cancel(State(agent): Shared, Path(id): Path<String>) -> Answer<Migration> {
     agent.command(&id, &Command::Cancel).await.map(Json)
+}
+
+/// Finish or roll back what migrations left behind
+#[utoipa::path(post, path = "/v1/recovery", request_body = RecoverRequest, responses(
+    (status = OK, body = Recovery), (status = NOT_FOUND, body = Problem), (status = CONFLICT, body = Problem)))]
+async fn recover(State(agent): Shared, Body(request): Body<RecoverRequest>) -> Answer<Recovery> {
+    match (&request.machine, &request.assume_lost) {
+        (machine, None) => agent.recover(machine.as_deref()).await.map(Json),
+        (Some(machine), Some(AssumeLost { host, confirmed })) => {
+            let finding = agent.assume_lost(machine, host, *confirmed).await?;
+            Ok(Json(Recovery { machines: vec![finding] }))
+        }
+        (None, Some(_)) => Err(AgentError::Invalid("assume_lost: name the machine".to_owned())),
+    }
 }
 
 /// Change the bandwidth limit of a migration

@@ -61,6 +61,10 @@ pub(crate) struct Peer {
     /// It may send machines to this host.
     #[serde(default)]
     pub may_send: bool,
+    /// A program and its arguments that cut the host off for sure (its power, its switch port), for `godwit recover
+    /// --assume-lost`; exit code 0 says that it is done.
+    #[serde(default)]
+    pub fence_command: Option<Vec<String>>,
     /// Machines may be sent to it.
     #[serde(default)]
     pub may_receive: bool,

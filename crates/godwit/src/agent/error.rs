@@ -59,6 +59,17 @@ pub(super) enum Refusal {
     Unsettled { machine: String, peer: String },
     #[error("the migration is over")]
     Over,
+    #[error("{host} neither has {machine} nor may have it; `godwit vm show {machine}` says who has")]
+    NotThere { machine: String, host: String },
+    #[error("{0} never came here completely; there is nothing to take over")]
+    Incomplete(String),
+    #[error(
+        "{lost} may still run {machine}: if it does, two copies write to the same disks and both are ruined. Cut its \
+         power, then repeat with `--confirm {lost}`, or give [peers.{lost}] a fence_command"
+    )]
+    NotFenced { machine: String, lost: String },
+    #[error("the fence of {host} failed ({reason}), so {host} may still run; nothing was changed")]
+    FenceFailed { host: String, reason: String },
     #[error(transparent)]
     Policy(#[from] PolicyRefusal),
     #[error("{0}")]
@@ -88,6 +99,8 @@ pub(super) enum AgentError {
     Qmp(#[from] QmpError),
     #[error("QEMU doesn't start: {0}")]
     Start(String),
+    #[error("QEMU {0}")]
+    Stuck(String),
     #[error("{machine} still runs after {waited}; `godwit vm kill {machine}` ends it", waited = time_ms(timeout.as_millis() as f64))]
     StillRunning { machine: String, timeout: Duration },
     #[error("can't reach {peer}: {reason}")]

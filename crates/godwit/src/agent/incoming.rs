@@ -11,7 +11,7 @@ use axum::{
     Extension, Json, Router,
     extract::{DefaultBodyLimit, Path, State},
     middleware,
-    routing::{delete, post},
+    routing::{delete, get, post},
 };
 use godwit_migration::handover::Epoch;
 use godwit_qemu::{commandline::localise, machine::Spec};
@@ -31,12 +31,12 @@ use super::{
     migrations::{News, doing, is_id},
     outgoing::check_options,
     ownership::{self, Holder, Ownership},
-    peers::INCOMING_PATH,
+    peers::{HANDOVER_PATH, INCOMING_PATH, ORDERS_PATH},
     state::{MachineDir, Running},
     workers,
 };
 use crate::{
-    api::{IncomingReady, IncomingRequest, Withdrawn},
+    api::{HandoverAnswer, HandoverRequest, IncomingReady, IncomingRequest, Orders, Withdrawn},
     job::{Command, Job, Role},
 };
 
@@ -54,6 +54,8 @@ pub(super) fn router(agent: Arc<Agent>, peer: HostName) -> Router {
     Router::new()
         .route(INCOMING_PATH, post(accept))
         .route(&format!("{INCOMING_PATH}/{{id}}"), delete(withdraw))
+        .route(HANDOVER_PATH, post(hear))
+        .route(ORDERS_PATH, get(orders))
         .layer(middleware::from_fn_with_state(agent.clone(), admit))
         .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
         .layer(Extension(peer))
@@ -71,6 +73,18 @@ async fn accept(
         tracing::warn!(%peer, id, machine, error = crate::output::one_line(error), "refused");
     }
     answer.map(Json)
+}
+
+async fn hear(
+    State(agent): State<Arc<Agent>>,
+    Extension(peer): Extension<HostName>,
+    Body(request): Body<HandoverRequest>,
+) -> Result<Json<HandoverAnswer>, AgentError> {
+    agent.hear(&peer, request).await.map(Json)
+}
+
+async fn orders(State(agent): State<Arc<Agent>>, Extension(peer): Extension<HostName>) -> Json<Orders> {
+    Json(agent.orders_for(peer.as_str()))
 }
 
 async fn withdraw(

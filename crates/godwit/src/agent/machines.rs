@@ -166,7 +166,7 @@ impl Agent {
     }
 
     /// A machine's directory; a name that can't be one never becomes a path.
-    fn directory(&self, name: &str) -> Result<MachineDir, AgentError> {
+    pub(super) fn directory(&self, name: &str) -> Result<MachineDir, AgentError> {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-';
         if name.is_empty() || !name.bytes().all(plain) {
             return Err(unknown(name));

@@ -5,10 +5,10 @@
 //!
 //! | role | completed | else |
 //! |---|---|---|
-//! | source | QEMU is made sure to be gone, TAPs are removed; spec and token record stay, so that `vm run` names the holder | the target is told; nothing changes here |
+//! | source | QEMU is made sure to be gone, TAPs are removed; spec and token record stay, so that `vm run` names the holder | what is open is settled (`recovery`); the target is told |
 //! | target | the machine is this host's | QEMU is killed, TAPs and directory go; a token record stays, so that the epoch is never accepted again |
 //!
-//! An unsettled source keeps its paused QEMU: it may yet be asked to go on.
+//! An unsettled source keeps its paused QEMU: it may yet be asked to go on. `recovery` asks until it is answered.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use godwit_migration::handover::RecordState;
 use godwit_qemu::qmp::RunState;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
@@ -34,13 +33,11 @@ use super::{
     launch, machines,
     machines::Claim,
     ownership::{self, Holder},
-    state::{self, MachineDir},
-    workers,
+    state, workers,
 };
 use crate::{
-    api::Migration,
+    api::{Finding, FindingState, Migration},
     job::{self, Command, Event, Happening, Job, Outcome, Phase, Progress, Report, Role},
-    token::Store,
 };
 
 /// Finished migrations that are kept.
@@ -53,6 +50,9 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_secs(2);
 /// How long the source's QEMU may take to quit after the machine went.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How often what a worker left open is tried before the report says "unsettled"; later tries go on behind it.
+const SETTLE_TRIES: u32 = 6;
+const SETTLE_EVERY: Duration = Duration::from_secs(2);
 /// The longest event of a worker.
 const EVENT_BYTES_MAX: u64 = 1 << 20;
 
@@ -216,7 +216,7 @@ impl Agent {
             tracing::info!(peer = job.peer, "begins");
             let report = agent.listen(&job, &news).await;
             tracing::info!(outcome = ?report.outcome, detail = report.detail, "ended");
-            agent.put_in_order(&job, &report).await;
+            let report = agent.put_in_order(&job, report).await;
             agent.migrations.lock().remove(&job.id);
             drop(claim);
             news.send_modify(|news| news.report = Some(report));
@@ -226,7 +226,8 @@ impl Agent {
         receiver
     }
 
-    /// Listens to the worker until it has ended; its report, or what can be said without one.
+    /// Listens to the worker until it has ended; its report, or, of a worker that died without one, what its hand-over
+    /// came to when the agent settled it.
     async fn listen(&self, job: &Job, news: &watch::Sender<News>) -> Report {
         let directory = self.state.migration(&job.id);
         loop {
@@ -238,25 +239,27 @@ impl Agent {
                 return report;
             }
             if !alive {
-                return self.report_without_worker(job, &directory);
+                let finding = self.settle(&job.spec.name, Some(job)).await;
+                return self.report_without_worker(job, &directory, &finding);
             }
             sleep(RETRY).await;
         }
     }
 
     /// The worker died without a report: the token record says where the machine is.
-    fn report_without_worker(&self, job: &Job, directory: &Path) -> Report {
+    fn report_without_worker(&self, job: &Job, directory: &Path, finding: &Finding) -> Report {
         let here = self.config.name.to_string();
         let holder = ownership::of(&self.state.machine(&job.spec.name)).map(|it| it.holder);
         let (outcome, at) = match (job.role, holder) {
+            _ if finding.state != FindingState::Settled => (Outcome::Unsettled, None),
             (Role::Source, Ok(Holder::Here)) => (Outcome::Failed, Some(here)),
             (Role::Source, Ok(Holder::Peer(peer))) => (Outcome::Completed, Some(peer)),
             (Role::Target, Ok(Holder::Here)) if self.has_record(job) => (Outcome::Completed, Some(here)),
             (Role::Target, Ok(_)) => (Outcome::Failed, Some(job.peer.clone())),
             (_, Ok(Holder::Unsettled(_)) | Err(_)) => (Outcome::Unsettled, None),
         };
-        let detail =
-            format!("the worker ended without a report; its last words: {}", workers::last_words(directory));
+        let words = workers::last_words(directory);
+        let detail = format!("the worker died (its last words: {words}); the agent: {}", finding.did);
         let report = Report { detail: Some(detail), machine_is_at: at, ..job.report(outcome) };
         if let Err(error) = state::write_json(&directory.join(job::REPORT_FILE), &report) {
             tracing::warn!(%error, "no report written");
@@ -268,8 +271,14 @@ impl Agent {
         self.state.machine(&job.spec.name).path().join(crate::token::TOKEN_FILE).exists()
     }
 
-    async fn put_in_order(&self, job: &Job, report: &Report) {
-        let machine = self.state.machine(&job.spec.name);
+    /// Puts the host in order after a worker's end. Returns the report as it is then: what the worker had to leave open
+    /// may be settled by now.
+    async fn put_in_order(&self, job: &Job, mut report: Report) -> Report {
+        let name = &job.spec.name;
+        let machine = self.state.machine(name);
+        if report.outcome != Outcome::Completed {
+            report = self.settle_rest(job, report).await;
+        }
         match (job.role, report.outcome) {
             (Role::Source, Outcome::Completed) => {
                 if let Ok(Some(running)) = machine.running() {
@@ -282,31 +291,32 @@ impl Agent {
             }
             // The workers may have lost each other; the target must not wait for what won't come.
             (Role::Source, Outcome::Cancelled | Outcome::Failed) => {
-                self.continue_guest(&machine).await;
                 if let Ok(peer) = self.find_receiver(&job.peer).await {
                     self.withdraw(&peer, &job.id).await;
                 }
             }
-            (Role::Target, outcome) if outcome != Outcome::Completed => self.abandon(&job.spec.name).await,
-            _ => {}
+            (Role::Target, Outcome::Cancelled | Outcome::Failed) => {
+                let refused = ownership::of(&machine).is_ok_and(|known| known.holder != Holder::Here);
+                if refused || !self.has_record(job) {
+                    self.abandon(name).await;
+                }
+            }
+            (_, Outcome::Completed | Outcome::Unsettled) => {}
         }
+        report
     }
 
-    /// Lets a guest go on that a dead worker left stopped before the token had left. A worker that ended in order has
-    /// done so itself, and its record says so.
-    async fn continue_guest(&self, machine: &MachineDir) {
-        let record = Store::open(machine.path()).load().ok().flatten();
-        let state = record.map(|record| record.state);
-        let Some(RecordState::Offered { stopped: Some(before), .. }) = state else { return };
-        let Ok(Some(running)) = machines::running(machine) else { return };
-        if !before.is_live() {
-            return;
+    /// Settles what a worker left open, with some patience for a peer that still decides.
+    async fn settle_rest(&self, job: &Job, report: Report) -> Report {
+        for _ in 0..SETTLE_TRIES {
+            let finding = self.settle(&job.spec.name, None).await;
+            self.correct_reports(&job.spec.name, &finding);
+            if finding.state == FindingState::Settled {
+                break;
+            }
+            sleep(SETTLE_EVERY).await;
         }
-        let continued = async { machines::monitor(machine, &running).await?.cont().await };
-        match continued.await {
-            Ok(()) => tracing::info!("the guest goes on"),
-            Err(error) => tracing::warn!(%error, "the guest can't be continued"),
-        }
+        state::read_json(&self.state.migration(&job.id).join(job::REPORT_FILE)).unwrap_or(report)
     }
 
     /// Removes what an agent left that ended while it prepared an incoming machine: nobody will ever send to it.

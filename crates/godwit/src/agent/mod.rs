@@ -11,6 +11,7 @@
 //! | [`api`] | HTTP on the unix socket, for this host's operator |
 //! | [`listener`] | TCP, for other hosts: their agents, and the workers of migrations |
 //! | [`machines`], [`launch`], [`adoption`] | machines: what is asked about them, how they start |
+//! | [`recovery`] | finishing or rolling back what a dead worker or host left |
 //! | [`migrations`], [`outgoing`], [`incoming`] | migrations: following them, and how each side begins one |
 
 mod accelerator;
@@ -18,6 +19,7 @@ mod admission;
 mod adoption;
 mod api;
 pub(crate) mod config;
+mod credentials;
 mod error;
 mod incoming;
 mod launch;
@@ -29,6 +31,7 @@ mod ownership;
 mod peers;
 pub(crate) mod process;
 mod rate;
+mod recovery;
 mod state;
 mod taps;
 mod workers;
@@ -41,7 +44,6 @@ use std::{
 };
 
 use godwit_qemu::machine::Accel;
-use godwit_transport::identity::{HostIdentity, IdentityError};
 use tokio::{
     net::{TcpListener, UnixListener},
     signal::unix::{SignalKind, signal},
@@ -52,11 +54,12 @@ use tracing_subscriber::EnvFilter;
 use self::{
     admission::Admission,
     config::{Config, ConfigError},
+    credentials::Credentials,
     machines::Busy,
     migrations::Migrations,
     state::StateDir,
 };
-pub(crate) use self::{api::openapi, state::StateError};
+pub(crate) use self::{api::openapi, credentials::CredentialsError, state::StateError};
 
 /// The variable that says how much is logged, in the syntax of `tracing_subscriber::EnvFilter`.
 pub(crate) const LOG_VARIABLE: &str = "GODWIT_LOG";
@@ -68,20 +71,12 @@ pub(crate) enum StartError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// Its identity.
-    #[error("{} holds no usable identity; see `godwit join --help`", directory.display())]
+    #[error("{} holds no identity that can be used; see `godwit join --help`", directory.display())]
     Identity {
         /// Where it should be.
         directory: PathBuf,
         /// Why.
-        source: IdentityError,
-    },
-    /// Certificate and configuration disagree.
-    #[error("the configuration calls this host {configured}, its certificate {certified}")]
-    OtherName {
-        /// In `agent.toml`.
-        configured: String,
-        /// In `host.pem`.
-        certified: String,
+        source: CredentialsError,
     },
     /// No QEMU.
     #[error("there is no {} that can be executed; install QEMU or set `emulator`", .0.display())]
@@ -89,9 +84,6 @@ pub(crate) enum StartError {
     /// Its state directory.
     #[error(transparent)]
     State(#[from] StateError),
-    /// TLS can't be set up.
-    #[error("can't set TLS up")]
-    Tls(#[from] godwit_transport::tls::ConfigError),
     /// An address is taken or not permitted.
     #[error("can't listen on {address}")]
     Listen {
@@ -110,7 +102,7 @@ pub(crate) enum StartError {
 pub(crate) struct Agent {
     config: Config,
     state: StateDir,
-    identity: HostIdentity,
+    credentials: Credentials,
     emulator: PathBuf,
     accelerator: OnceCell<Accel>,
     busy: Busy,
@@ -124,7 +116,7 @@ pub(crate) struct Agent {
 /// [`StartError`], one line.
 pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
     let config = Config::load(config)?;
-    let identity = open_identity(&config)?;
+    let credentials = open_identity(&config)?;
     let emulator = find_emulator(&config.emulator)?;
     if check {
         return Ok(());
@@ -134,7 +126,7 @@ pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
     let agent = Arc::new(Agent {
         config,
         state,
-        identity,
+        credentials,
         emulator,
         accelerator: OnceCell::new(),
         busy: Busy::default(),
@@ -153,15 +145,18 @@ pub(crate) fn log_to_stderr() {
 
 impl Agent {
     async fn serve(self: Arc<Self>) -> Result<(), StartError> {
-        let tls = godwit_transport::tls::server_config(&self.identity)?;
         let unix = self.bind_socket()?;
         let tcp = TcpListener::bind(self.config.listen)
             .await
             .map_err(|source| StartError::Listen { address: self.config.listen.to_string(), source })?;
         self.resume_migrations();
         self.remove_orphans().await;
+        self.obey_orders().await;
+        tokio::spawn(self.clone().keep_settling());
         tokio::spawn(self.clone().reap_machines());
-        tokio::spawn(listener::serve(self.clone(), tcp, tls));
+        let (kept, reload) = (self.clone(), signal(SignalKind::hangup())?);
+        tokio::spawn(async move { kept.credentials.keep(reload).await });
+        tokio::spawn(listener::serve(self.clone(), tcp));
         let name = self.config.name.as_str();
         tracing::info!(name, socket = %self.config.socket.display(), listen = %self.config.listen, "ready");
         let (mut terminate, mut interrupt) =
@@ -197,14 +192,9 @@ impl Agent {
     }
 }
 
-fn open_identity(config: &Config) -> Result<HostIdentity, StartError> {
-    let identity = HostIdentity::open(&config.identity_dir, SystemTime::now())
-        .map_err(|source| StartError::Identity { directory: config.identity_dir.clone(), source })?;
-    if identity.name() != &config.name {
-        let (configured, certified) = (config.name.to_string(), identity.name().to_string());
-        return Err(StartError::OtherName { configured, certified });
-    }
-    Ok(identity)
+fn open_identity(config: &Config) -> Result<Credentials, StartError> {
+    Credentials::open(&config.identity_dir, &config.name, SystemTime::now())
+        .map_err(|source| StartError::Identity { directory: config.identity_dir.clone(), source })
 }
 
 /// The emulator's absolute path; a bare name is looked up in PATH.

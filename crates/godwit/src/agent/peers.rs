@@ -28,6 +28,11 @@ const READY_TIMEOUT: Duration = Duration::from_secs(120);
 /// The path that a target answers.
 pub(super) const INCOMING_PATH: &str = "/v1/incoming";
 
+/// The path at which agents speak about open hand-overs.
+pub(super) const HANDOVER_PATH: &str = "/v1/handover";
+/// The path at which a host that was away finds what it was ordered meanwhile.
+pub(super) const ORDERS_PATH: &str = "/v1/orders";
+
 /// Another host, looked up.
 #[derive(Debug)]
 pub(super) struct PeerAgent {
@@ -39,12 +44,17 @@ pub(super) struct PeerAgent {
 impl Agent {
     /// Finds a host to which machines may be sent.
     pub(super) async fn find_receiver(&self, name: &str) -> Result<PeerAgent, AgentError> {
+        if self.config.peer(name).is_some_and(|peer| !peer.may_receive) {
+            return Err(Refusal::MayNotReceive(name.to_owned()).into());
+        }
+        self.find_peer(name).await
+    }
+
+    /// Finds a host, whatever it may do.
+    pub(super) async fn find_peer(&self, name: &str) -> Result<PeerAgent, AgentError> {
         let unknown = || AgentError::NotFound { what: "host among [peers]", name: name.to_owned() };
         let (name, peer) =
             self.config.peers.iter().find(|(known, _)| known.as_str() == name).ok_or_else(unknown)?;
-        if !peer.may_receive {
-            return Err(Refusal::MayNotReceive(name.to_string()).into());
-        }
         let address = peer.address.as_str();
         let looked_up = lookup_host(address).await.map(|mut found| found.next());
         match looked_up {
@@ -61,6 +71,25 @@ impl Agent {
         request: &IncomingRequest,
     ) -> Result<IncomingReady, AgentError> {
         self.request(peer, Method::POST, INCOMING_PATH, Some(request)).await
+    }
+
+    /// Asks another agent for something.
+    pub(super) async fn get<T: DeserializeOwned>(
+        &self,
+        peer: &PeerAgent,
+        path: &str,
+    ) -> Result<T, AgentError> {
+        self.request(peer, Method::GET, path, None::<&()>).await
+    }
+
+    /// Tells another agent something.
+    pub(super) async fn post<T: DeserializeOwned>(
+        &self,
+        peer: &PeerAgent,
+        path: &str,
+        body: &(impl Serialize + Sync),
+    ) -> Result<T, AgentError> {
+        self.request(peer, Method::POST, path, Some(body)).await
     }
 
     /// Tells a host that an offered machine won't come; that it knows already is fine.
@@ -97,7 +126,8 @@ impl Agent {
 
     async fn connect(&self, peer: &PeerAgent) -> Result<TlsStream<TcpStream>, AgentError> {
         let failed = |error: &dyn std::error::Error| unreachable(&peer.name, one_line(error));
-        let config = tls::client_config(&self.identity, &peer.name).map_err(|error| failed(&error))?;
+        let config = tls::client_config(&self.credentials.current().identity, &peer.name)
+            .map_err(|error| failed(&error))?;
         let route = Route::Agent.server_name().map_err(|error| failed(&error))?;
         let stream = TcpStream::connect(peer.address).await.map_err(|error| failed(&error))?;
         let _ = stream.set_nodelay(true);

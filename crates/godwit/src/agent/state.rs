@@ -121,6 +121,16 @@ impl StateDir {
         Ok(machines)
     }
 
+    /// The names of all machines of which anything is known here, if only who has them.
+    ///
+    /// # Errors
+    /// If the directory can't be read.
+    pub(crate) fn known_machines(&self) -> Result<Vec<(String, MachineDir)>, StateError> {
+        let mut names = list(&self.root.join("machines"))?;
+        names.sort();
+        Ok(names.into_iter().map(|name| (name.clone(), self.machine(&name))).collect())
+    }
+
     /// A migration's directory, whether there is one or not.
     #[must_use]
     pub(crate) fn migration(&self, id: &str) -> PathBuf {

@@ -60,6 +60,8 @@ pub(super) enum Verb {
         #[arg(value_name = "ID|VM")]
         migration: String,
     },
+    /// Finish or roll back what a crash or a lost host left open; says what was found and done
+    Recover(Recover),
     /// Change the bandwidth limit of a migration under way
     #[command(after_help = "Examples:\n  godwit set-bandwidth web1 40Mbit\n  godwit set-bandwidth web1 none")]
     SetBandwidth {
@@ -92,6 +94,29 @@ pub(super) enum Verb {
         /// The migration's directory
         directory: PathBuf,
     },
+}
+
+/// What `godwit recover` takes.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The agents do this by themselves, at once after a start and then again and again; the verb does it now. It may be
+repeated: what is settled stays settled. Exit code 6 says that something is still open.
+
+Examples:
+  godwit recover                              everything on this host
+  godwit recover web1 --json
+  godwit recover web1 --assume-lost hostb     take web1 here although hostb has it, and doesn't come back")]
+pub(super) struct Recover {
+    /// The machine; by default all
+    #[arg(value_name = "VM")]
+    pub(super) machine: Option<String>,
+    /// Declare the host lost that has the machine, or may have it, and take the machine here. If that host still runs
+    /// it, two copies will write to the same disks: cut its power first
+    #[arg(long, value_name = "HOST", requires = "machine")]
+    pub(super) assume_lost: Option<String>,
+    /// The lost host's name once more, as your word that it runs nothing; not asked if it has a `fence_command`
+    #[arg(long, value_name = "HOST", requires = "assume_lost")]
+    pub(super) confirm: Option<String>,
 }
 
 /// The certificate authority.

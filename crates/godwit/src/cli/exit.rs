@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use crate::{
-    agent::{StartError, StateError},
+    agent::{CredentialsError, StartError, StateError},
     api::{Problem, ProblemCode},
     job::Outcome,
     output::one_line,
@@ -79,7 +79,8 @@ impl Failure {
 impl From<StartError> for Failure {
     fn from(error: StartError) -> Self {
         let code = match &error {
-            StartError::Config(_) | StartError::OtherName { .. } => ProblemCode::Invalid,
+            StartError::Config(_)
+            | StartError::Identity { source: CredentialsError::OtherName { .. }, .. } => ProblemCode::Invalid,
             StartError::State(StateError::Locked(_)) | StartError::Emulator(_) => ProblemCode::Refused,
             _ => ProblemCode::Failed,
         };

@@ -11,6 +11,7 @@ mod exit;
 mod identity;
 mod machines;
 mod migrations;
+mod recover;
 mod watch;
 
 use std::process::ExitCode;
@@ -68,6 +69,7 @@ fn run(arguments: Arguments, output: Output) -> Result<ExitCode, Failure> {
         Verb::Migrate(migrate) => return block_on(migrations::migrate(&client, migrate, output)),
         Verb::Status(status) => return block_on(migrations::status(&client, status, output)),
         Verb::Cancel { migration } => return block_on(migrations::cancel(&client, &migration, output)),
+        Verb::Recover(recover) => return block_on(recover::run(&client, recover, output)),
         Verb::SetBandwidth { migration, rate } => {
             return block_on(migrations::set_bandwidth(&client, &migration, rate, output));
         }
