@@ -9,7 +9,7 @@ pub(crate) mod rules;
 pub use self::{
     arguments::{Argument, ArgumentError, parse},
     build::{BuildError, Launch, MachineDir, RESERVED_OPTIONS, build},
-    policy::{Policy, PolicyRefusal, localise},
+    policy::{Policy, PolicyRefusal, files, localise},
 };
 
 #[cfg(test)]

@@ -91,10 +91,45 @@ pub fn localise(spec: &Spec, policy: &Policy) -> Result<Spec, PolicyRefusal> {
     let firmware = local.firmware.take().map(|path| policy.local_path("firmware", &path));
     local.firmware = firmware.transpose()?;
     policy.check_extra(&local.extra)?;
+    check_memory(spec)?;
     let adopted = local.adopted.take().map(|adopted| policy.substitute_adopted(&adopted, local.net.len()));
     local.adopted = adopted.transpose()?;
     local.validate().map_err(|error| PolicyRefusal::Policy { key: "paths", problem: error.to_string() })?;
     Ok(local)
+}
+
+/// Every file of this host that a specification names, once it has been localised: where they really lead is for whoever
+/// may touch the file system to find out.
+#[must_use]
+pub fn files(spec: &Spec) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = spec.disk.iter().map(|disk| disk.path.clone()).collect();
+    files.extend(
+        spec.boot.iter().flat_map(|boot| [Some(&boot.kernel), boot.initrd.as_ref()]).flatten().cloned(),
+    );
+    files.extend(spec.firmware.clone());
+    files.extend(spec.adopted.iter().flat_map(|adopted| &adopted.arguments).flat_map(rules::paths));
+    files
+}
+
+/// An adopted machine's arguments may ask for no more memory than the specification says: by that, room is judged.
+fn check_memory(spec: &Spec) -> Result<(), SpecError> {
+    let Some(adopted) = &spec.adopted else { return Ok(()) };
+    let (mut main, mut backends) = (0_u64, 0_u64);
+    for argument in &adopted.arguments {
+        let unreadable = || SpecError::new("adopted", format!("{argument}: its size can't be read"));
+        let bytes = rules::memory_bytes(argument).ok_or_else(unreadable)?;
+        let sum = if argument.option == "m" { &mut main } else { &mut backends };
+        *sum = sum.saturating_add(bytes);
+    }
+    // Memory is either `-m`'s own, or that of back-ends which together are as large.
+    let (asked, said) = (main.max(backends), spec.memory.bytes());
+    if asked > said {
+        return Err(SpecError::new(
+            "adopted",
+            format!("its arguments ask for {asked} bytes of memory, not {said}"),
+        ));
+    }
+    Ok(())
 }
 
 impl Policy {
@@ -145,6 +180,10 @@ impl Policy {
             let mapped = rules::map_paths(argument, |name, path| {
                 self.local_path(format!("{key} {name}").trim_end(), path)
             })?;
+            if rules::guesses_format(argument) {
+                let problem = format!("{argument}: has no format, and what the guest wrote would choose it");
+                return Err(SpecError::new("adopted", problem).into());
+            }
             if is_user_network(argument) && !self.user_networks {
                 return Err(PolicyRefusal::not_accepted(argument, "user_networks"));
             }

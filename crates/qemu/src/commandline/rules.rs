@@ -19,6 +19,10 @@ enum Rule {
     Text,
     /// One of QEMU's names and numbers, which never have a slash.
     Word,
+    /// `-global`: a property of every device of a kind.
+    Global,
+    /// `-k`: a keyboard layout, which QEMU reads from a file of that name.
+    Layout,
     /// One of these.
     OneOf(&'static [&'static str]),
     /// A path.
@@ -50,9 +54,10 @@ fn rule(option: &str) -> Option<Rule> {
         "mem-prealloc" | "no-acpi" | "no-fd-bootchk" | "no-hpet" | "no-reboot" | "no-shutdown"
         | "nodefaults" | "only-migratable" | "usb" => Rule::Switch,
         "append" => Rule::Text,
-        "action" | "cpu" | "global" | "k" | "numa" | "sandbox" | "uuid" | "vga" | "watchdog-action" => {
-            Rule::Word
-        }
+        "action" | "cpu" | "numa" | "uuid" | "vga" | "watchdog-action" => Rule::Word,
+        "sandbox" => keys("enable", &["enable", "obsolete", "elevateprivileges", "spawn", "resourcecontrol"]),
+        "global" => Rule::Global,
+        "k" => Rule::Layout,
         "serial" => Rule::OneOf(&["chardev:console", "null", "none"]),
         "parallel" => Rule::OneOf(&["null", "none"]),
         "usbdevice" => Rule::OneOf(&["tablet", "mouse", "keyboard"]),
@@ -153,6 +158,37 @@ const USER_KEYS: &[&str] = &[
 ];
 const NIC_KEYS: &[&str] = &["model", "mac", "macaddr", "addr", "vectors", "name"];
 
+/// The options whose value QEMU takes for JSON when it begins with a brace. For any other the brace is a letter, and what
+/// is quoted here would be keys there.
+const JSON_OPTIONS: &[&str] = &["blockdev", "device", "netdev", "object"];
+
+/// What `-global` may set beside [`DEVICES`]: chips of the boards, which no option makes.
+const CHIPS: &[&str] = &[
+    "ICH9-LPC",
+    "PIIX4_PM",
+    "cfi.pflash01",
+    "fw_cfg_io",
+    "hpet",
+    "ide-device",
+    "isa-fdc",
+    "kvm-pit",
+    "mc146818rtc",
+    "mch",
+    "pci-device",
+    "q35-pcihost",
+    "i440FX-pcihost",
+    "scsi-disk-base",
+    "usb-device",
+    "virtio-device",
+    "virtio-pci",
+];
+
+/// Properties that tie a device to something of its host: `-global` sets none of them.
+const TIES: &[&str] = &["chardev", "drive", "netdev", "romfile"];
+
+/// The character devices that QEMU makes for its own monitors.
+const MONITOR_PREFIX: &str = "compat_monitor";
+
 const BLOCK_DRIVERS: &[&str] = &["file", "host_device", "null-co", "qcow2", "raw"];
 /// Keys of `-drive` and `-blockdev` that say nothing about files, also below `file.` and `backing.`.
 #[rustfmt::skip]
@@ -173,6 +209,9 @@ pub(crate) fn check(argument: &Argument) -> Result<(), String> {
     let Some(value) = argument.value.as_deref() else {
         return if matches!(rule, Rule::Switch) { Ok(()) } else { Err(format!("{argument} has no value")) };
     };
+    if value.starts_with('{') && !JSON_OPTIONS.contains(&argument.option.as_str()) {
+        return Err(format!("{argument}: QEMU doesn't read JSON there"));
+    }
     if argument.option == "initrd" && value.contains(',') {
         return Err(format!("{argument}: has a comma, behind which QEMU expects another file"));
     }
@@ -181,6 +220,11 @@ pub(crate) fn check(argument: &Argument) -> Result<(), String> {
         Rule::Text => None,
         Rule::Path => not_a_path(value),
         Rule::Word => has_slash(value),
+        Rule::Global => global_refused(value),
+        Rule::Layout => {
+            let letters = value.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-');
+            (!letters || value.len() > 5).then(|| "isn't a keyboard layout".to_owned())
+        }
         Rule::OneOf(words) => (!words.contains(&value)).then(|| "isn't supported".to_owned()),
         Rule::Keys { implied, words } => checked(value, implied, |list| {
             list.iter().find_map(|(key, value)| word_refused(key, value, words))
@@ -233,11 +277,43 @@ fn device_refused(list: &Properties) -> Option<String> {
     if !DEVICES.contains(&driver) {
         return Some(format!("{driver} isn't among the devices that can be moved"));
     }
-    list.iter().find_map(|(key, value)| {
-        let descriptor = key.ends_with("fd") || key.ends_with("fds");
-        let descriptor = descriptor.then(|| format!("{key} is a file descriptor of its process"));
-        descriptor.or_else(|| has_slash(value))
+    list.iter().find_map(|(key, value)| match key {
+        // QEMU finds a file without a directory as well: in its own, and in its working directory.
+        "romfile" => (!value.is_empty()).then(|| "romfile names a file".to_owned()),
+        "chardev" if value.starts_with(MONITOR_PREFIX) => Some(format!("{value} is QEMU's monitor")),
+        _ => descriptor(key).or_else(|| has_slash(value)),
     })
+}
+
+fn descriptor(key: &str) -> Option<String> {
+    let descriptor = key.ends_with("fd") || key.ends_with("fds");
+    descriptor.then(|| format!("{key} is a file descriptor of its process"))
+}
+
+/// `-global driver.property=value` or `driver=…,property=…,value=…`; QEMU tells them by the first key.
+fn global_refused(value: &str) -> Option<String> {
+    let (driver, property) = match value.split_once('=') {
+        Some(("driver", _)) => match Properties::parse(value, "") {
+            Ok(list) if list.repeated().is_none() => (
+                list.get("driver").unwrap_or_default().to_owned(),
+                list.get("property").unwrap_or_default().to_owned(),
+            ),
+            _ => return Some("is neither a property nor a list".to_owned()),
+        },
+        Some((name, _)) => match name.rsplit_once('.') {
+            Some((driver, property)) => (driver.to_owned(), property.to_owned()),
+            None => return Some("names no property".to_owned()),
+        },
+        None => return Some("has no value".to_owned()),
+    };
+    let processor = driver.ends_with("-x86_64-cpu") || driver == "x86_64-cpu";
+    if !processor && !DEVICES.contains(&driver.as_str()) && !CHIPS.contains(&driver.as_str()) {
+        return Some(format!("{driver} isn't among the devices that can be moved"));
+    }
+    if TIES.contains(&property.as_str()) {
+        return Some(format!("{property} ties devices to this host"));
+    }
+    descriptor(&property).or_else(|| has_slash(value))
 }
 
 fn firmware_configuration_refused(list: &Properties) -> Option<String> {
@@ -294,6 +370,67 @@ fn block_refused(list: &Properties, drive: bool) -> Option<String> {
         }
         if key.starts_with("throttling.") { has_slash(value) } else { word_refused(last, value, BLOCK_KEYS) }
     })
+}
+
+/// Whether QEMU would choose the format of an image by its first bytes, which the guest writes: those of a qcow2 image
+/// name further files.
+pub(crate) fn guesses_format(argument: &Argument) -> bool {
+    let Some(value) = argument.value.as_deref().filter(|_| argument.option == "drive") else { return false };
+    Properties::parse(value, "").is_ok_and(|list| {
+        let image = list.iter().any(|(key, _)| key == "file" || key.starts_with("file."));
+        image && list.get("format").or_else(|| list.get("driver")).is_none()
+    })
+}
+
+/// Every file that an argument names.
+pub(crate) fn paths(argument: &Argument) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let collected = map_paths(argument, |_, path| {
+        found.push(path.to_owned());
+        Ok::<_, std::convert::Infallible>(path.to_owned())
+    });
+    let Ok(_) = collected;
+    found
+}
+
+/// The bytes of guest memory that an argument asks for: `-m`, or an object that is memory. `None` for one that can't be
+/// read.
+pub(crate) fn memory_bytes(argument: &Argument) -> Option<u64> {
+    let value = argument.value.as_deref().unwrap_or_default();
+    let (implied, unit) = match argument.option.as_str() {
+        "m" => ("size", 20),
+        "object" => ("qom-type", 0),
+        _ => return Some(0),
+    };
+    let list = Properties::parse(value, implied).ok()?;
+    let is_memory = argument.option == "m" || list.get("qom-type")?.starts_with("memory-backend-");
+    match list.get("size").filter(|_| is_memory) {
+        Some(size) => size_bytes(size, unit),
+        None => Some(0),
+    }
+}
+
+/// A size as QEMU reads it: a number, perhaps with a fraction, and a unit, by default 2 to the power of `unit`.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "saturates, and a number has no sign here"
+)]
+fn size_bytes(text: &str, unit: u32) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let plain = digits.starts_with(|c: char| c.is_ascii_digit())
+        && digits.chars().all(|c| c.is_ascii_digit() || c == '.');
+    let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" => unit,
+        "B" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return None,
+    };
+    let number: f64 = digits.parse().ok().filter(|_| plain)?;
+    Some((number * (1_u64 << unit) as f64) as u64)
 }
 
 /// The key without the nodes that it goes through: `file.backing.driver` is a `driver`.
