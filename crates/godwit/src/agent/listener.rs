@@ -14,7 +14,6 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use rustls::ServerConfig;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -37,8 +36,7 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(180);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Accepts connections for as long as the agent lives.
-pub(super) async fn serve(agent: Arc<Agent>, listener: TcpListener, config: Arc<ServerConfig>) {
-    let acceptor = TlsAcceptor::from(config);
+pub(super) async fn serve(agent: Arc<Agent>, listener: TcpListener) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     loop {
         let (stream, from) = match listener.accept().await {
@@ -53,21 +51,15 @@ pub(super) async fn serve(agent: Arc<Agent>, listener: TcpListener, config: Arc<
             tracing::warn!(%from, "closed: {CONNECTIONS_MAX} connections wait already");
             continue;
         };
-        tokio::spawn(route(agent.clone(), acceptor.clone(), stream, from, place));
+        tokio::spawn(route(agent.clone(), stream, from, place));
     }
 }
 
-async fn route(
-    agent: Arc<Agent>,
-    acceptor: TlsAcceptor,
-    stream: TcpStream,
-    from: SocketAddr,
-    _place: OwnedSemaphorePermit,
-) {
+async fn route(agent: Arc<Agent>, stream: TcpStream, from: SocketAddr, _place: OwnedSemaphorePermit) {
     let _ = stream.set_nodelay(true);
     match peek(&stream).await {
         Ok(Route::Agent) => {
-            let serving = timeout(CONNECTION_TIMEOUT, answer(agent, acceptor, stream, from)).await;
+            let serving = timeout(CONNECTION_TIMEOUT, answer(agent, stream, from)).await;
             if let Err(error) = serving.unwrap_or_else(|late| Err(late.into())) {
                 tracing::info!(%from, error = one_line(&error), "connection ended");
             }
@@ -87,12 +79,8 @@ fn hand_over(agent: &Agent, id: &str, stream: TcpStream) -> io::Result<()> {
 }
 
 /// Serves the API for agents on one connection.
-async fn answer(
-    agent: Arc<Agent>,
-    acceptor: TlsAcceptor,
-    stream: TcpStream,
-    from: SocketAddr,
-) -> io::Result<()> {
+async fn answer(agent: Arc<Agent>, stream: TcpStream, from: SocketAddr) -> io::Result<()> {
+    let acceptor = TlsAcceptor::from(agent.credentials.current().server.clone());
     let stream = timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream)).await??;
     let peer = tls::peer_name(stream.get_ref().1).map_err(io::Error::other)?;
     if agent.config.peer(peer.as_str()).is_none() {
