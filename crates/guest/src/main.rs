@@ -5,7 +5,7 @@
 //!
 //! | word | meaning |
 //! |---|---|
-//! | `workload=NAME` | `idle` (default), `light`, `medium`, `heavy`, `harsh`, `pattern`; see [`workload::Workload::named`] |
+//! | `workload=NAME` | `idle` (default), `light`, `medium`, `heavy`, `harsh`, `pattern`, `steady`; see [`workload::Workload::named`] |
 //! | `address=A.B.C.D` | the guest's address, 24 bits of prefix |
 //! | `observer=A.B.C.D:PORT` | where the beat goes; none without it |
 //! | `seed=N` | what is written, and where, follows from it |
@@ -14,6 +14,7 @@
 //! from it is to show as writes that were never made.
 
 mod boot;
+mod power;
 mod random;
 mod service;
 mod workload;

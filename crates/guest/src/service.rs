@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::workload::{Check, WorkingSet, Workload};
+use crate::{
+    power,
+    workload::{Check, WorkingSet, Workload},
+};
 
 /// The TCP port that streams the counter and takes `check`.
 const PORT: u16 = 7;
@@ -16,7 +19,8 @@ const TICK: Duration = Duration::from_millis(10);
 /// Writes between two looks at who else wants the working set, where the workload has no pace.
 const UNPACED_WRITES: usize = 256;
 
-/// Serves the counter at [`PORT`], and sends a beat to `observer`: a sequence number, 64 bits, little-endian.
+/// Serves the counter at [`PORT`], and sends a beat to `observer`: a sequence number and the number of this boot, 64 bits
+/// each, little-endian.
 pub(crate) fn start(set: &Arc<Mutex<WorkingSet>>, observer: Option<SocketAddr>) {
     let served = Arc::clone(set);
     std::thread::spawn(move || match TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)) {
@@ -69,9 +73,14 @@ fn answer_checks(client: TcpStream, set: &Mutex<WorkingSet>) {
     for line in BufReader::new(client).lines().map_while(Result::ok) {
         let answer = match line.as_str() {
             "check" => match lock(set).check() {
-                Check::Right { pages, writes } => format!("check ok {pages} pages {writes} writes\n"),
+                Check::Right { pages, writes } => {
+                    format!("check ok {pages} pages {writes} writes {:016x} boot\n", power::boot())
+                },
                 Check::Wrong { page, reason } => format!("check bad page {page}: {reason}\n"),
             },
+            "power off" => power::off(),
+            "reset" => power::reset(),
+            "panic" => power::panic(),
             _ => continue,
         };
         if writer.write_all(answer.as_bytes()).is_err() {
@@ -82,10 +91,11 @@ fn answer_checks(client: TcpStream, set: &Mutex<WorkingSet>) {
 
 fn beat(observer: SocketAddr) {
     let Ok(socket) = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)) else { return };
-    let mut sequence = 0u64;
+    let (mut sequence, boot) = (0u64, power::boot());
     each_tick(|| {
+        let beat = [sequence, boot].map(u64::to_le_bytes).concat();
         // Whoever listens sees the gap; there is nothing else to do about a beat that couldn't be sent.
-        let _ = socket.send_to(&sequence.to_le_bytes(), observer);
+        let _ = socket.send_to(&beat, observer);
         sequence += 1;
         true
     });

@@ -49,6 +49,8 @@ impl Workload {
             "medium" => paced(128, 3_000, 128),
             "heavy" => paced(128, 8_000, 512),
             "harsh" => Workload { incompressible_writes: true, ..paced(256, 20_000, 1_024) },
+            // Small, and its check stays quick for hours: it replays all writes.
+            "steady" => paced(24, 1_500, 256),
             "pattern" => Workload { pages_per_second: None, ..paced(32, 0, 512) },
             _ => return None,
         })

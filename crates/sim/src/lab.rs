@@ -21,6 +21,7 @@ use std::{
     sync::atomic::{AtomicU32, Ordering},
 };
 
+use nix::mount::{MsFlags, mount};
 use serde::Serialize;
 use thiserror::Error;
 
@@ -67,6 +68,11 @@ impl Place {
             Place::B => "b",
             Place::Lan => "lan",
         }
+    }
+
+    /// The port of the clients' bridge that leads to this host.
+    pub fn client_port(self) -> String {
+        format!("{}0", self.name())
     }
 
     /// The address to use for this place from another one: of a host in the migration network, of the clients in the
@@ -230,6 +236,46 @@ impl Lab {
         ip::batch(&self.namespace(host), &format!("link del {name}\n"))
     }
 
+    /// Gives a host an address in the guests' network: [`FIRST_GUEST_ADDRESS`] and `index` more.
+    ///
+    /// # Errors
+    /// When it has it already.
+    pub fn give_guest_address(&self, host: Place, index: u8) -> Result<(), LabError> {
+        let [a, b, c, d] = FIRST_GUEST_ADDRESS.octets();
+        let address = Ipv4Addr::new(a, b, c, d.saturating_add(index));
+        ip::batch(&self.namespace(host), &format!("addr add {address}/24 dev {GUEST_BRIDGE}\n"))
+    }
+
+    /// The guests' TAPs at a host.
+    ///
+    /// # Errors
+    /// When they can't be listed.
+    pub fn guest_taps(&self, host: Place) -> Result<Vec<String>, LabError> {
+        let listed = ip::run(&["-n", self.namespace(host).name(), "-json", "tuntap", "show"])?;
+        let listed: serde_json::Value = serde_json::from_str(&listed).unwrap_or_default();
+        let names = listed.as_array().into_iter().flatten().filter_map(|tap| tap["ifname"].as_str());
+        Ok(names.filter(|name| *name != MIGRATION_INTERFACE).map(str::to_owned).collect())
+    }
+
+    /// The processes that run at a place, whoever started them.
+    pub fn processes(&self, place: Place) -> Vec<nix::unistd::Pid> {
+        cleanup::processes_in(&self.namespace(place))
+    }
+
+    /// Makes a directory of `bytes`, a file system of its own, at a place; it goes with the lab.
+    ///
+    /// # Errors
+    /// When it can't be mounted.
+    pub fn make_small_directory(&self, place: Place, name: &str, bytes: u64) -> Result<PathBuf, LabError> {
+        let path = self.directory_of(place)?.join(name);
+        let failed = || LabError::io(format!("mount {}", path.display()));
+        std::fs::create_dir_all(&path).map_err(failed())?;
+        let options = format!("size={bytes},mode=700");
+        mount(Some("godwit-lab"), &path, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()))
+            .map_err(|error| failed()(error.into()))?;
+        Ok(path)
+    }
+
     /// What the migration network has carried so far: the interfaces' own counters, the same for whoever sends.
     ///
     /// # Errors
@@ -274,7 +320,7 @@ impl Lab {
         }
         let lan = self.namespace(Place::Lan);
         for host in [Place::A, Place::B] {
-            let port = format!("{}0", host.name());
+            let port = host.client_port();
             ip::batch(
                 &self.namespace(host),
                 &format!(

@@ -11,6 +11,7 @@ use std::{
 };
 
 use nix::{
+    mount::{MntFlags, umount2},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -114,7 +115,17 @@ impl Name {
                 let _ = ip::run(&["netns", "del", namespace.name()]);
             }
         }
+        unmount_below(&self.directory());
         let _ = std::fs::remove_dir_all(self.directory());
+    }
+}
+
+/// Unmounts the small file systems of a lab; what can't be will be when the next lab is made.
+fn unmount_below(directory: &Path) {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
+    let points = mounts.lines().filter_map(|line| line.split(' ').nth(1)).map(Path::new);
+    for point in points.filter(|point| point.starts_with(directory)) {
+        let _ = umount2(point, MntFlags::MNT_DETACH);
     }
 }
 
@@ -132,7 +143,7 @@ fn end_processes(namespace: &Namespace) {
 }
 
 /// The processes in a namespace that still run; ended ones wait for their parent and hold nothing.
-fn processes_in(namespace: &Namespace) -> Vec<Pid> {
+pub(super) fn processes_in(namespace: &Namespace) -> Vec<Pid> {
     let listed = ip::run(&["netns", "pids", namespace.name()]).unwrap_or_default();
     let pids = listed.split_whitespace().filter_map(|pid| pid.parse().ok());
     pids.filter(|pid| *pid != std::process::id() as i32).map(Pid::from_raw).collect()
