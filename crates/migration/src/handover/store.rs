@@ -204,6 +204,11 @@ impl<S: Storage> RecordStore<S> {
     fn replace_synced(&self, content: &[u8]) -> Result<(), StoreError> {
         self.write(SYNCED_SCRATCH, content)?;
         self.storage.sync_file(SYNCED_SCRATCH).map_err(failed("sync", SYNCED_SCRATCH))?;
+        if let Some(Err(_)) = self.read(WRITTEN_FILE)? {
+            // Torn by a crash of the host, or `find` says so; beside a record of this boot it would look like damage.
+            self.find()?;
+            self.storage.remove(WRITTEN_FILE).map_err(failed("remove", WRITTEN_FILE))?;
+        }
         if self.read(SYNCED_FILE)?.is_none() {
             self.storage.sync_parent().map_err(failed("sync the directory of", SYNCED_FILE))?;
         }
@@ -211,6 +216,8 @@ impl<S: Storage> RecordStore<S> {
     }
 
     fn write(&self, file: &'static str, content: &[u8]) -> Result<(), StoreError> {
+        // A crash in the middle of a rename may have left the file under both its names.
+        self.storage.remove(file).map_err(failed("remove", file))?;
         self.storage.write(file, content).map_err(|source| {
             // Half a file is worth nothing, and its space may be needed.
             let _ = self.storage.remove(file);

@@ -189,6 +189,13 @@ fn two_attempts_survive_a_fault() {
     check(Scenario { attempts: 2, ..plain(1) });
 }
 
+/// 5.5 million states, three minutes, 0.8 GB.
+#[test]
+#[ignore = "takes minutes: cargo xtask test --long"]
+fn two_attempts_survive_three_faults() {
+    check(Scenario { attempts: 2, ..plain(3) });
+}
+
 #[test]
 fn a_paused_guest_arrives_paused() {
     check(Scenario { run_state: RunState::Paused, ..plain(1) });

@@ -1,0 +1,3 @@
+//! Whole migrations in virtual time.
+
+pub mod disk;
