@@ -13,7 +13,7 @@ use godwit_qemu::{
     qmp::QmpError,
 };
 
-use super::{state::StateError, taps::TapError};
+use super::{reach::ReachRefusal, state::StateError, taps::TapError};
 use crate::{
     api::{Problem, ProblemCode},
     output::one_line,
@@ -72,6 +72,8 @@ pub(super) enum Refusal {
     FenceFailed { host: String, reason: String },
     #[error(transparent)]
     Policy(#[from] PolicyRefusal),
+    #[error(transparent)]
+    Reach(#[from] ReachRefusal),
     #[error("{0}")]
     Adoption(String),
 }

@@ -14,7 +14,10 @@ use axum::{
     routing::{delete, get, post},
 };
 use godwit_migration::handover::Epoch;
-use godwit_qemu::{commandline::localise, machine::Spec};
+use godwit_qemu::{
+    commandline::{self, localise},
+    machine::Spec,
+};
 use godwit_transport::identity::HostName;
 use tokio::{
     sync::watch,
@@ -32,6 +35,7 @@ use super::{
     outgoing::check_options,
     ownership::{self, Holder, Ownership},
     peers::{HANDOVER_PATH, INCOMING_PATH, ORDERS_PATH},
+    reach,
     state::{MachineDir, Running},
     workers,
 };
@@ -124,6 +128,7 @@ impl Agent {
         request: IncomingRequest,
     ) -> Result<IncomingReady, AgentError> {
         let spec = self.judge(peer, &request)?;
+        self.look_at_files(&spec).await?;
         let directory = self.state.machine(&spec.name);
         let qemu_version = accelerator::emulator_version(&self.emulator)
             .await
@@ -157,6 +162,15 @@ impl Agent {
         }
         check_options(&request.options)?;
         Ok(localise(&request.spec, &self.config.accept).map_err(Refusal::from)?)
+    }
+
+    /// Whether the machine's files lead where their names say.
+    async fn look_at_files(&self, spec: &Spec) -> Result<(), AgentError> {
+        let (files, policy) = (commandline::files(spec), self.config.accept.clone());
+        let looked = tokio::task::spawn_blocking(move || reach::check(&files, &policy)).await;
+        Ok(looked
+            .map_err(|_| AgentError::Start("looking at its files was stopped".to_owned()))?
+            .map_err(Refusal::from)?)
     }
 
     fn room_for(&self, directory: &MachineDir, job: &Job, memory_bytes: u64) -> Result<(), AgentError> {

@@ -31,6 +31,7 @@ mod ownership;
 mod peers;
 pub(crate) mod process;
 mod rate;
+mod reach;
 mod recovery;
 mod state;
 mod taps;
