@@ -1,11 +1,13 @@
 //! The source's side of beginning a migration: everything that can be refused is refused before the guest is touched.
 //!
 //! ```text
-//! machine here and ours ─► peer known ─► peer's agent says ready ─► job written, worker started
+//! machine here and ours ─► peer known ─► attempt numbered ─► peer's agent says ready ─► job written, worker started
 //!         └───────────────────┴─────── any refusal: one line, nothing left behind ──┘
 //! ```
 
 use std::{fs::File, io::Read, sync::Arc};
+
+use godwit_migration::handover::{Record, RecordState};
 
 use super::{
     Agent,
@@ -17,6 +19,7 @@ use super::{
 use crate::{
     api::{IncomingRequest, MigrateRequest, Migration},
     job::{Job, Options, RECONNECT_TIMEOUT_MS, Role},
+    token::{Durability, Store},
 };
 
 /// The range of bulk connections.
@@ -54,6 +57,9 @@ impl Agent {
             options: request.options,
         };
         let claim = self.busy.claim(&name, &doing(&job))?;
+        // The target keeps the number of every attempt that it heard of, so none is used twice.
+        let state = RecordState::Owner { peer: Some(job.peer.clone()) };
+        Store::open(directory.path()).save(&Record { epoch, state }, Durability::Synced)?;
         let version = monitor(&directory, &running).await?.query_version().await?;
         self.offer(&peer, &offer(&job, version.to_string())).await?;
         let id = job.id.clone();

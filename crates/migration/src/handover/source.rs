@@ -72,9 +72,10 @@ pub struct Source {
 }
 
 impl Source {
-    /// A new hand-over of a machine that is here. Its epoch is the one after the record's.
-    pub fn new(record: &Record, settings: SourceSettings) -> Self {
-        Self { settings, epoch: record.epoch.next(), state: State::Preparing, qemu_is_dead: false }
+    /// A new hand-over of a machine that is here. Its epoch must never have been used: newer than the record's, or
+    /// recorded before anybody else heard of it.
+    pub fn new(epoch: Epoch, settings: SourceSettings) -> Self {
+        Self { settings, epoch, state: State::Preparing, qemu_is_dead: false }
     }
 
     /// Goes on after a crash of the worker, or of the host if `rebooted`, from the record and what QEMU does.

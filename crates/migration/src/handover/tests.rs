@@ -5,7 +5,7 @@ use super::*;
 const FIRST: Epoch = Epoch(1);
 
 fn source() -> Source {
-    Source::new(&Record::created(), SourceSettings::new("b"))
+    Source::new(Record::created().epoch.next(), SourceSettings::new("b"))
 }
 
 fn target() -> Target {

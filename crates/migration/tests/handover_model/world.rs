@@ -610,7 +610,7 @@ impl World {
             && self.source_qemu == SourceQemu::Live
         {
             self.attempts_left -= 1;
-            self.source = Some(Source::new(record, source_settings(scenario)));
+            self.source = Some(Source::new(record.epoch.next(), source_settings(scenario)));
         }
     }
 }

@@ -91,7 +91,12 @@ impl<'a> Shell<'a> {
     ) -> Result<(), AgentError> {
         let mut target = Target::new(record, &job.peer);
         let query = Message::Query { epoch: Epoch(job.epoch) };
-        let said = self.advance_target(&mut target, TargetEvent::PeerSays(query)).await?;
+        let mut said = self.advance_target(&mut target, TargetEvent::PeerSays(query)).await?;
+        for message in &mut said {
+            if let Message::Refused { reason, .. } = message {
+                *reason = "the target's worker died".to_owned();
+            }
+        }
         self.tell_result(&job.peer, said).await;
         Ok(())
     }

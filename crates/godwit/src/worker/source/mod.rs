@@ -28,7 +28,7 @@ use std::{
 
 use godwit_content::{Encoder, EncoderLimits, LevelGovernor};
 use godwit_migration::{
-    handover::{RunState, Source, SourceSettings},
+    handover::{Epoch, RunState, Source, SourceSettings},
     wire::{self, Hello, Message, RamBlock, TransferOptions},
 };
 use godwit_qemu::{memory::ProcessMemory, qmp};
@@ -88,10 +88,9 @@ async fn migrate(
     greet(&session, &hello(job, &guest, &map).await?).await?;
 
     let store = Store::open(&job.machine_dir);
-    let record = store.load()?.unwrap_or_else(godwit_migration::handover::Record::created);
     let settings =
         SourceSettings { leave_paused: job.options.leave_paused, ..SourceSettings::new(&job.peer) };
-    let handover = Source::new(&record, settings);
+    let handover = Source::new(Epoch(job.epoch), settings);
 
     let threads = start_threads(job, &guest, &map, memory, &session).await;
     let threads = match threads {
@@ -150,7 +149,7 @@ async fn hello(job: &Job, guest: &Guest, map: &MemoryMap) -> Result<Message, Wor
         version_max: wire::VERSION_MAX,
         migration_id: job.id.clone(),
         machine: job.spec.name.clone(),
-        epoch: godwit_migration::handover::Epoch(job.epoch),
+        epoch: Epoch(job.epoch),
         ram_blocks: map.sizes().map(block).collect(),
         options: TransferOptions {
             leave_paused: job.options.leave_paused,
