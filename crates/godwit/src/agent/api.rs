@@ -21,6 +21,7 @@ use tokio::{
     fs::File,
     io::{AsyncRead, AsyncReadExt},
     net::UnixStream,
+    time::timeout,
 };
 use utoipa::{OpenApi, openapi::OpenApi as Description};
 use utoipa_axum::{router::OpenApiRouter, routes};
@@ -34,6 +35,8 @@ use crate::{
     job::{self, Command, Event},
 };
 
+/// How long a request's body may take.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Events are read from a worker in pieces of this size.
 const PIECE_BYTES: usize = 16 * 1024;
 
@@ -91,7 +94,10 @@ impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Body<T> {
     async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
         let wrong = |message: String| Problem { code: ProblemCode::Invalid, message };
         // Whatever its content type: `curl -d` doesn't say JSON.
-        let bytes = Bytes::from_request(request, state).await.map_err(|error| wrong(error.body_text()))?;
+        let read = timeout(BODY_TIMEOUT, Bytes::from_request(request, state)).await;
+        let read = read
+            .map_err(|_| wrong(format!("the request isn't complete after {} s", BODY_TIMEOUT.as_secs())))?;
+        let bytes = read.map_err(|error| wrong(error.body_text()))?;
         serde_json::from_slice(&bytes).map(Self).map_err(|error| wrong(format!("the request: {error}")))
     }
 }
