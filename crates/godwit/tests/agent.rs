@@ -1,6 +1,7 @@
 //! The agent from outside: its API, its command line, machines (QEMU without a guest), and what it refuses to peers.
 
 mod host;
+mod hostile;
 
 use std::{fs, process::Command};
 
