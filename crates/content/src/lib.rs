@@ -43,6 +43,8 @@ mod digest;
 mod draft;
 mod encoder;
 mod governor;
+#[cfg(test)]
+mod hostile_tests;
 mod index;
 mod memory;
 mod queue;
