@@ -1,10 +1,11 @@
-//! Everything a developer runs: `cargo xtask setup|lab|demo|test|bench|tidy`.
+//! Everything a developer runs: `cargo xtask setup|lab|demo|chaos|test|bench|tidy`.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Result;
 use clap::Parser;
 
+mod chaos;
 mod demo;
 mod lab;
 mod setup;
@@ -36,6 +37,8 @@ enum Task {
     Bench,
     /// Check the map of the crates, and the sources for length and names.
     Tidy,
+    /// Strike migrations of real guests with random faults, and check what must hold.
+    Chaos(chaos::Request),
     /// Migrate a busy guest with godwit and with QEMU alone, over the same link, and compare.
     Demo {
         /// Write the figures to this file, as a JSON list with one object a contender.
@@ -76,6 +79,7 @@ fn run(task: Task) -> Result<()> {
         Task::Test { long } => test::run(long),
         Task::Bench => test::bench(),
         Task::Tidy => tidy::run(),
+        Task::Chaos(request) => chaos::run(&request),
         Task::Demo { json, only, workload, rate, round_trip, migrate } => {
             demo::run(&demo::Request { json, only, workload, rate, round_trip, migrate })
         }

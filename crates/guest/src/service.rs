@@ -75,7 +75,7 @@ fn answer_checks(client: TcpStream, set: &Mutex<WorkingSet>) {
             "check" => match lock(set).check() {
                 Check::Right { pages, writes } => {
                     format!("check ok {pages} pages {writes} writes {:016x} boot\n", power::boot())
-                },
+                }
                 Check::Wrong { page, reason } => format!("check bad page {page}: {reason}\n"),
             },
             "power off" => power::off(),

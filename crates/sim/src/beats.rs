@@ -90,7 +90,8 @@ fn open() -> io::Result<(UdpSocket, OwnedFd, [Port; 2])> {
     let packets =
         socket(AddressFamily::Packet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)?;
     setsockopt(&packets, sockopt::ReceiveTimeout, &TimeVal::milliseconds(WAIT_MS))?;
-    let port = |host: Place| Ok::<_, io::Error>((if_nametoindex(host.client_port().as_str())? as usize, host));
+    let port =
+        |host: Place| Ok::<_, io::Error>((if_nametoindex(host.client_port().as_str())? as usize, host));
     Ok((sink, packets, [port(Place::A)?, port(Place::B)?]))
 }
 

@@ -35,7 +35,8 @@ pub struct BeatListener {
 #[derive(Debug)]
 pub struct Progress {
     samples: Arc<Mutex<Vec<Sample>>>,
-    answers: mpsc::Receiver<String>,
+    /// Behind a lock so that several threads can have the guest do things.
+    answers: Mutex<mpsc::Receiver<String>>,
     stream: TcpStream,
 }
 
@@ -126,7 +127,7 @@ impl Progress {
                 }
             }
         });
-        Ok(Progress { samples, answers, stream })
+        Ok(Progress { samples, answers: Mutex::new(answers), stream })
     }
 
     /// Writes a second that the guest made between `from` and `to`; `None` when it wasn't heard around both.
@@ -141,14 +142,23 @@ impl Progress {
         lock(&self.samples).last().map_or(0, |sample| sample.writes)
     }
 
+    /// Tells the guest to do something to itself: `power off`, `reset` or `panic`. It may be gone before it answers.
+    ///
+    /// # Errors
+    /// When the connection is gone.
+    pub fn tell(&self, order: &str) -> Result<(), ObserverError> {
+        Ok((&self.stream).write_all(format!("{order}\n").as_bytes())?)
+    }
+
     /// Has the guest compare its whole working set with what it ever wrote, and returns its account. Writing rests
     /// meanwhile.
     ///
     /// # Errors
     /// When a page isn't what it should be, or no answer comes within `limit`.
     pub fn check(&self, limit: Duration) -> Result<String, ObserverError> {
-        (&self.stream).write_all(b"check\n")?;
-        let answer = self.answers.recv_timeout(limit).map_err(|_| ObserverError::NoAnswer(limit))?;
+        self.tell("check")?;
+        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = answers.recv_timeout(limit).map_err(|_| ObserverError::NoAnswer(limit))?;
         if answer.starts_with("check ok") { Ok(answer) } else { Err(ObserverError::Damaged(answer)) }
     }
 }

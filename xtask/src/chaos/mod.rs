@@ -1,0 +1,197 @@
+//! Chaos on real guests: random faults strike real migrations, and what must hold is checked from outside.
+//!
+//! ```text
+//!   a healthy guest at one host ─► godwit migrate ─┬─► settled: both agents agree, ─► checks ─► a line in the ledger
+//!      (booted, or moved there)    faults strike ──┘   nothing is under way
+//! ```
+//!
+//! Everything that a round does follows from the seed and its number ([`plan`]). What judges shares no code with the
+//! product: the guest's account of its own memory, its numbered beats as they come through the cables of both hosts, a
+//! second monitor at every QEMU ([`watch`]), the processes and files that are left ([`verdict`]). A failed round keeps
+//! its logs and says how to play it again; the next one starts from nothing.
+//!
+//! Left out: a host's clock that jumps. Both hosts of the lab share the machine's one clock, which isn't ours to set.
+
+mod fault;
+mod hosts;
+mod ledger;
+mod plan;
+mod round;
+mod sabotage;
+mod settle;
+mod stage;
+mod strike;
+mod verdict;
+mod watch;
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+    time::Instant,
+};
+
+use anyhow::{Context, Result, bail};
+use godwit_sim::guest_image::{directory, workspace};
+
+pub(crate) use self::{fault::Fault, sabotage::Sabotage};
+use self::{
+    ledger::{Ledger, Round},
+    plan::Plan,
+    stage::Stage,
+};
+use crate::setup;
+
+/// What the command line asks for.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Request {
+    /// How many rounds.
+    #[arg(long, default_value_t = 10)]
+    pub(crate) rounds: u64,
+    /// What happens in them follows from this and the round's number.
+    #[arg(long, default_value_t = 1)]
+    pub(crate) seed: u64,
+    /// The first round.
+    #[arg(long, default_value_t = 0)]
+    pub(crate) from: u64,
+    /// Keep the results in this file; rounds that are in it already aren't run again.
+    #[arg(long)]
+    pub(crate) json: Option<PathBuf>,
+    /// Write the result for people to this file, if no round failed.
+    #[arg(long)]
+    pub(crate) markdown: Option<PathBuf>,
+    /// The fault that strikes in every round.
+    #[arg(long, value_enum)]
+    pub(crate) only: Option<Fault>,
+    /// The program [default: a debug build].
+    #[arg(long)]
+    pub(crate) binary: Option<PathBuf>,
+    /// Build a program that does something wrong, and fail unless chaos finds out.
+    #[arg(long, value_enum, conflicts_with_all = ["only", "binary", "json", "markdown"])]
+    pub(crate) sabotage: Option<Sabotage>,
+}
+
+/// Runs the rounds.
+///
+/// # Errors
+/// When a round failed, or with sabotage: when none did.
+pub(crate) fn run(request: &Request) -> Result<()> {
+    setup::run()?;
+    if let Some(sabotage) = request.sabotage {
+        return sabotage::run(sabotage, request.seed);
+    }
+    let program = match &request.binary {
+        Some(program) => program.clone(),
+        None => build(&[])?,
+    };
+    let mut ledger = Ledger::open(request.json.as_deref(), request.seed)?;
+    let mut stage = Stage::new(&program, None)?;
+    for number in request.from..request.from + request.rounds {
+        if ledger.has(number) {
+            continue;
+        }
+        let round = carry_out(&mut stage, &Plan::of(request.seed, number, request.only))?;
+        if round.has_failed() {
+            keep(&mut stage, request, &round)?;
+        }
+        ledger.enter(round);
+        if let Some(path) = &request.json {
+            ledger.save(path)?;
+        }
+    }
+    conclude(request, &ledger)
+}
+
+/// Runs a round and prints it.
+fn carry_out(stage: &mut Stage, plan: &Plan) -> Result<Round> {
+    let began = Instant::now();
+    let mut round = round::run(stage, plan)?;
+    round.seconds = began.elapsed().as_secs_f64();
+    println!(
+        "{:>4} {:<18} {} {:<15} settled after {:>6} ms, {:>5.1} s{}{}",
+        round.round,
+        round.fault.to_string(),
+        round.direction,
+        format!("{:?}", round.outcome),
+        round.settled_ms,
+        round.seconds,
+        if round.hit { "" } else { " (missed)" },
+        if round.recovered { " (recovered by hand)" } else { "" },
+    );
+    if round.has_failed() {
+        round.strikes.iter().chain(&round.findings).for_each(|line| println!("       {line}"));
+    }
+    Ok(round)
+}
+
+/// Keeps what a failed round left, says how to play it again, and starts from nothing.
+fn keep(stage: &mut Stage, request: &Request, round: &Round) -> Result<()> {
+    let logs =
+        directory().with_file_name("chaos").join(format!("seed-{}-round-{}", request.seed, round.round));
+    // Of an earlier try of the same round.
+    let _ = std::fs::remove_dir_all(&logs);
+    stage.keep_logs(&logs)?;
+    std::fs::write(logs.join("round.json"), serde_json::to_vec_pretty(round)?)?;
+    let only = request.only.map(|fault| format!(" --only {fault}")).unwrap_or_default();
+    println!("       logs: {}", logs.display());
+    println!(
+        "       again: cargo xtask chaos --seed {} --from {} --rounds 1{only}",
+        request.seed, round.round
+    );
+    stage.renew()
+}
+
+fn conclude(request: &Request, ledger: &Ledger) -> Result<()> {
+    println!("\n{}", serde_json::to_string(&ledger.counts)?);
+    let failed: Vec<u64> =
+        ledger.details.iter().filter(|round| round.has_failed()).map(|round| round.round).collect();
+    if !failed.is_empty() {
+        bail!("{} rounds failed: {failed:?}", failed.len());
+    }
+    match &request.markdown {
+        Some(path) => std::fs::write(path, ledger.markdown(&machine(), &commit()))
+            .with_context(|| format!("cannot write {}", path.display())),
+        None => Ok(()),
+    }
+}
+
+/// Builds the program with more arguments for cargo.
+fn build(arguments: &[&str]) -> Result<PathBuf> {
+    let built = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .current_dir(workspace())
+        .args(["build", "--package", "godwit", "--message-format=json-render-diagnostics"])
+        .args(arguments)
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    let messages = String::from_utf8_lossy(&built.stdout);
+    let mut messages =
+        messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let program = messages.find_map(|message| {
+        let path = message["executable"].as_str()?;
+        (message["target"]["name"] == "godwit").then(|| PathBuf::from(path))
+    });
+    match program {
+        Some(program) if built.status.success() => Ok(program),
+        _ => bail!("godwit doesn't build"),
+    }
+}
+
+/// The processor and how many of it.
+fn machine() -> String {
+    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let count = std::thread::available_parallelism().map_or(1, usize::from);
+    format!("{count} processors ({})", name.map_or("unknown", |(_, name)| name))
+}
+
+fn commit() -> String {
+    let output = Command::new("git").current_dir(workspace()).args(["rev-parse", "--short", "HEAD"]).output();
+    let output = output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
+    output.unwrap_or_else(|_| "unknown".to_owned())
+}
+
+/// Where a build that does something wrong is kept, apart from the others.
+fn sabotage_directory() -> PathBuf {
+    let target: &Path = &directory();
+    target.with_file_name("sabotage")
+}
