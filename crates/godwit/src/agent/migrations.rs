@@ -15,7 +15,7 @@ use std::{
     fs,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use godwit_qemu::qmp::RunState;
@@ -50,9 +50,9 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(5);
 const LINGER: Duration = Duration::from_secs(2);
 /// How long the source's QEMU may take to quit after the machine went.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How often what a worker left open is tried before the report says "unsettled"; later tries go on behind it.
-const SETTLE_TRIES: u32 = 6;
-const SETTLE_EVERY: Duration = Duration::from_secs(2);
+/// How long what a worker left open is tried before the report says "unsettled"; later tries go on behind it.
+const SETTLE_FOR: Duration = Duration::from_secs(10);
+const SETTLE_EVERY: Duration = Duration::from_millis(500);
 /// The longest event of a worker.
 const EVENT_BYTES_MAX: u64 = 1 << 20;
 
@@ -308,10 +308,11 @@ impl Agent {
 
     /// Settles what a worker left open, with some patience for a peer that still decides.
     async fn settle_rest(&self, job: &Job, report: Report) -> Report {
-        for _ in 0..SETTLE_TRIES {
+        let give_up_at = Instant::now() + SETTLE_FOR;
+        loop {
             let finding = self.settle(&job.spec.name, None).await;
             self.correct_reports(&job.spec.name, &finding);
-            if finding.state == FindingState::Settled {
+            if finding.state == FindingState::Settled || Instant::now() >= give_up_at {
                 break;
             }
             sleep(SETTLE_EVERY).await;

@@ -1,10 +1,10 @@
 //! The worker processes: starting them, finding them again, handing them connections.
 
 use std::{
-    env, fs,
+    fs,
     io::{self, IoSlice, Read, Seek, SeekFrom},
     net::TcpStream,
-    os::fd::AsRawFd,
+    os::{fd::AsRawFd, unix::process::CommandExt},
     path::Path,
     process::{Command, Stdio},
     thread,
@@ -21,6 +21,9 @@ use super::{
 };
 use crate::job::ACCEPT_SOCKET;
 
+/// The program that this process runs, even if its file was replaced by a newer version since: a worker is of its
+/// agent's version.
+const OWN_IMAGE: &str = "/proc/self/exe";
 /// What the worker prints.
 const LOG_FILE: &str = "worker.log";
 /// How much of its end is looked at.
@@ -33,8 +36,9 @@ pub(super) fn spawn(directory: &Path, id: &str) -> Result<(), AgentError> {
     let failed = |error: io::Error| AgentError::Worker(format!("doesn't start: {error}"));
     let log =
         fs::OpenOptions::new().create(true).append(true).open(directory.join(LOG_FILE)).map_err(failed)?;
-    let mut command = Command::new(env::current_exe().map_err(failed)?);
+    let mut command = Command::new(OWN_IMAGE);
     command
+        .arg0("godwit")
         .arg("worker")
         .arg(directory)
         .stdin(Stdio::null())

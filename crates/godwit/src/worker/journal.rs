@@ -136,11 +136,11 @@ async fn serve(journal: Journal, listener: UnixListener, commands: mpsc::Sender<
         let (journal, commands) = (journal.clone(), commands.clone());
         tokio::spawn(async move {
             let (receive, mut send) = stream.into_split();
-            let listening = tokio::spawn(take_commands(receive, commands));
-            if let Err(error) = tell(&journal, &mut send).await {
-                tracing::debug!(%error, "a client of the worker left");
+            tokio::select! {
+                // A client that left must not keep its place until there is something to tell it.
+                () = take_commands(receive, commands) => {}
+                told = tell(&journal, &mut send) => tracing::debug!(?told, "a client of the worker left"),
             }
-            listening.abort();
             drop(place);
         });
     }

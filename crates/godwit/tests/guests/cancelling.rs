@@ -59,7 +59,7 @@ fn is_as_before(hosts: &Hosts, guest: &Guest, migration: &Migration, before: &[V
 }
 
 /// The migration settings of the machine's QEMU.
-fn settings(host: &Host) -> [Value; 2] {
+pub(crate) fn settings(host: &Host) -> [Value; 2] {
     let mut monitor = host.monitor();
     ["query-migrate-capabilities", "query-migrate-parameters"]
         .map(|query| monitor.execute(query, json!({})).unwrap())

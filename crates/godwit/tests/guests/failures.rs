@@ -1,25 +1,164 @@
-//! What dies on the way takes no guest with it.
+//! What dies on the way takes no guest with it: exactly one copy runs on, and what was left behind is put in order by the
+//! agents, or by the next ones.
 
 use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 
 use crate::{
+    cancelling::settings,
     guest::{Guest, Migration, Plan, migrate},
-    hosts::{Hosts, MACHINE, eventually, signal},
+    hosts::{Host, Hosts, MACHINE, eventually, signal},
 };
 
-/// It takes a minute: the source gives the link that long to come back.
+/// Slow enough for a phase to be met, fast enough for a test.
+const SLOWLY: [&str; 2] = ["--bandwidth", "60Mbit"];
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Side {
+    Source,
+    Target,
+}
+
 #[test]
-fn a_target_worker_that_dies_leaves_the_guest_at_the_source() {
+fn a_worker_that_dies_at_any_phase_leaves_one_running_copy() {
+    let hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan::LIGHT);
+    let before = settings(&hosts.a);
+    for phase in ["pre_copy", "switchover", "handed_over"] {
+        for side in [Side::Source, Side::Target] {
+            let (from, to) = from_and_to(&hosts);
+            let migration = Migration::begin(from, to, &SLOWLY);
+            migration.reaches(phase);
+            let victim = if side == Side::Source { from } else { to };
+            victim.kill_worker(&migration.id);
+            is_settled(&hosts, &guest, &before, &format!("{side:?} in {phase}"));
+        }
+    }
+    let (from, to) = from_and_to(&hosts);
+    migrate(from, to, &[]);
+    guest.goes_on();
+}
+
+#[test]
+fn a_target_worker_that_dies_is_reported_at_once() {
     let hosts = Hosts::new();
     let guest = Guest::boot(&hosts, Plan::LIGHT);
     let migration = Migration::begin(&hosts.a, &hosts.b, &["--bandwidth", "20Mbit"]);
     migration.reaches("pre_copy");
-    signal(hosts.b.worker(&migration.id), Signal::SIGKILL);
+    hosts.b.kill_worker(&migration.id);
     let (code, report) = migration.ends();
     assert_eq!(code, 1, "{report}");
+    assert_eq!(report["detail"], "the target's worker died", "{report}");
     hosts.only_at(&hosts.a);
     guest.goes_on();
     eventually("the target has forgotten the machine", || hosts.b.godwit(&["vm", "show", MACHINE]).code == 4);
-    migrate(&hosts.a, &hosts.b, &[]);
+}
+
+/// The link, both agents and the source's worker: the guest stands still until an agent is back, and no longer.
+#[test]
+fn agents_that_come_back_finish_what_was_open() {
+    let mut hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan::LIGHT);
+    let before = settings(&hosts.a);
+    for phase in ["switchover", "handed_over"] {
+        let from_a = hosts.a.machine()["state"] == "running";
+        let id = {
+            let (from, to) = from_and_to(&hosts);
+            let migration = Migration::begin(from, to, &SLOWLY);
+            migration.reaches(phase);
+            migration.id
+        };
+        hosts.a.crash();
+        hosts.b.crash();
+        let source = if from_a { &hosts.a } else { &hosts.b };
+        source.kill_worker(&id);
+        hosts.a.start(&hosts.lab);
+        hosts.b.start(&hosts.lab);
+        is_settled(&hosts, &guest, &before, phase);
+    }
+}
+
+#[test]
+fn a_restarted_agent_takes_its_migration_up_again() {
+    let mut hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan::LIGHT);
+    let id = {
+        let migration = Migration::begin(&hosts.a, &hosts.b, &["--bandwidth", "30Mbit"]);
+        migration.reaches("pre_copy");
+        migration.id
+    };
+    hosts.b.crash();
+    hosts.a.crash();
+    hosts.b.start(&hosts.lab);
+    hosts.a.start(&hosts.lab);
+    assert_eq!(hosts.a.godwit(&["set-bandwidth", &id, "none"]).code, 0);
+    assert_eq!(hosts.a.godwit(&["status", &id, "--watch"]).code, 0);
+    hosts.only_at(&hosts.b);
     guest.goes_on();
+}
+
+#[test]
+fn a_host_that_never_comes_back_is_declared_lost_and_stands_down_when_it_does() {
+    let mut hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan::LIGHT);
+    let impatient = [&SLOWLY[..], &["--reconnect-timeout", "3s"]].concat();
+    let migration = Migration::begin(&hosts.a, &hosts.b, &impatient);
+    migration.reaches("handed_over");
+    hosts.lab.cut();
+    let id = migration.id;
+    hosts.b.crash();
+    eventually("the source says that it doesn't know", || {
+        let answer = hosts.a.godwit(&["recover", MACHINE]);
+        answer.code == 6 && answer.json["machines"][0]["found"].as_str().unwrap().contains("had left for b")
+    });
+    hosts.a.godwit(&["recover", MACHINE, "--assume-lost", "b"]).fails(3);
+    hosts.a.godwit(&["recover", MACHINE, "--assume-lost", "b", "--confirm", "a"]).fails(2);
+    let lost = hosts.b.qemu_if_any();
+    let taken = hosts.a.godwit(&["recover", MACHINE, "--assume-lost", "b", "--confirm", "b"]).succeeds();
+    assert_eq!(taken["machines"][0]["at"], "a", "{taken}");
+    assert_eq!(hosts.a.machine()["state"], "running", "{id}: {taken}");
+    hosts.lab.restore();
+    hosts.b.start(&hosts.lab);
+    eventually("the lost host stands down", || {
+        lost.is_none_or(|it| !std::path::Path::new(&format!("/proc/{it}")).exists())
+    });
+    hosts.only_at(&hosts.a);
+    eventually("the order is forgotten", || {
+        std::fs::read_dir(hosts.a.path("state/stand-down")).is_ok_and(|it| it.count() == 0)
+    });
+    guest.goes_on();
+}
+
+fn from_and_to(hosts: &Hosts) -> (&Host, &Host) {
+    let at_a = hosts.a.machine()["state"] == "running";
+    if at_a { (&hosts.a, &hosts.b) } else { (&hosts.b, &hosts.a) }
+}
+
+/// Exactly one copy runs, as it was, nothing is left at the other host, and both agents know it.
+fn is_settled(hosts: &Hosts, guest: &Guest, before: &[Value; 2], what: &str) {
+    let runs = |host: &Host| host.machine()["state"] == "running";
+    eventually(&format!("one copy runs ({what})"), || {
+        let settled = |host: &Host| host.godwit(&["recover"]).code == 0;
+        settled(&hosts.a) && settled(&hosts.b) && (runs(&hosts.a) != runs(&hosts.b))
+    });
+    let (here, there) = from_and_to(hosts);
+    hosts.only_at(here);
+    let known = there.machine();
+    assert!(known["state"].is_null() || known["at"] == json!(here.name()), "{what}: {known}");
+    eventually(&format!("QEMU is as it was ({what})"), || settings(here) == *before);
+    assert!(!here.machine_file("qemu-settings.json").exists());
+    guest.goes_on();
+}
+
+impl Host {
+    /// Kills a worker that may have ended already.
+    fn kill_worker(&self, migration: &str) {
+        if !self.migration_file(migration, "report.json").exists() {
+            signal(self.worker(migration), Signal::SIGKILL);
+        }
+    }
+
+    fn qemu_if_any(&self) -> Option<i32> {
+        self.machine_file("process.json").exists().then(|| self.qemu().as_raw())
+    }
 }

@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 
 use godwit_migration::handover::{Message, Record, RecordState, TargetEvent};
 use godwit_transport::identity::HostName;
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 use super::{Agent, AgentError, lost, open, shell::Shell};
 use crate::{
@@ -20,6 +20,8 @@ use crate::{
 
 /// How long a worker that was asked may take until the record has the answer.
 const DECIDING: Duration = Duration::from_secs(3);
+/// How long the other host's agent may take to answer; it may have to ask its worker, and end a QEMU.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(8);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
 /// Machines that are known only by a refusal; a peer must not fill the disk with names.
 const STRANGERS_MAX: usize = 1024;
@@ -32,10 +34,16 @@ impl Agent {
         machine: &str,
         message: Message,
     ) -> Result<Option<Message>, AgentError> {
-        let peer = self.find_peer(peer).await?;
         let request = HandoverRequest { machine: machine.to_owned(), message };
-        let answer: HandoverAnswer = self.post(&peer, HANDOVER_PATH, &request).await?;
-        Ok(answer.message)
+        let say = async {
+            let peer = self.find_peer(peer).await?;
+            self.post::<HandoverAnswer>(&peer, HANDOVER_PATH, &request).await
+        };
+        let late = |_| AgentError::Unreachable {
+            peer: peer.to_owned(),
+            reason: format!("no answer within {} s", ANSWER_TIMEOUT.as_secs()),
+        };
+        Ok(timeout(ANSWER_TIMEOUT, say).await.map_err(late)??.message)
     }
 
     /// Takes what another host's agent says, and answers it; `None`: nothing to say, or not yet.

@@ -128,8 +128,8 @@ impl Agent {
     async fn recover_machine(&self, name: &str) -> Finding {
         let mut ended_worker = false;
         if let Some(job) = self.migrations.of_machine(name) {
-            if self.worker_speaks(&job).await {
-                let found = format!("{}; its worker is at it", doing(&job));
+            if !self.worker_is_silent(&job).await {
+                let found = format!("{}, and isn't over", doing(&job));
                 return self.finding(name, found, "nothing".to_owned(), FindingState::Waiting);
             }
             workers::kill(&self.state.migration(&job.id));
@@ -152,14 +152,14 @@ impl Agent {
         finding
     }
 
-    /// Whether the worker of a migration still serves its socket.
-    async fn worker_speaks(&self, job: &Job) -> bool {
+    /// Whether the worker of a migration takes a connection and then says nothing, as one does that is stopped or stuck.
+    async fn worker_is_silent(&self, job: &Job) -> bool {
         let socket = self.state.migration(&job.id).join(job::WORKER_SOCKET);
         let says = async {
             let mut worker = tokio::net::UnixStream::connect(socket).await?;
             tokio::io::AsyncReadExt::read_u8(&mut worker).await
         };
-        timeout(WORKER_SILENCE, says).await.is_ok_and(|said| said.is_ok())
+        timeout(WORKER_SILENCE, says).await.is_err()
     }
 
     /// Finishes or rolls back what is open of a machine. The caller has claimed it; `ended` is the job of a worker that
