@@ -1,4 +1,4 @@
-//! Everything a developer runs: `cargo xtask setup|lab|demo|chaos|test|bench|tidy`.
+//! Everything a developer runs: `cargo xtask setup|lab|demo|chaos|fuzz|test|bench|tidy`.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -7,6 +7,7 @@ use clap::Parser;
 
 mod chaos;
 mod demo;
+mod fuzz;
 mod lab;
 mod setup;
 mod test;
@@ -39,6 +40,8 @@ enum Task {
     Tidy,
     /// Strike migrations of real guests with random faults, and check what must hold.
     Chaos(chaos::Request),
+    /// Feed bytes that mean harm to everything that reads bytes of peers and guests.
+    Fuzz(fuzz::Request),
     /// Migrate a busy guest with godwit and with QEMU alone, over the same link, and compare.
     Demo {
         /// Write the figures to this file, as a JSON list with one object a contender.
@@ -80,6 +83,7 @@ fn run(task: Task) -> Result<()> {
         Task::Bench => test::bench(),
         Task::Tidy => tidy::run(),
         Task::Chaos(request) => chaos::run(&request),
+        Task::Fuzz(request) => fuzz::run(&request),
         Task::Demo { json, only, workload, rate, round_trip, migrate } => {
             demo::run(&demo::Request { json, only, workload, rate, round_trip, migrate })
         }

@@ -10,13 +10,13 @@ use anyhow::{Context, Result, bail};
 use cargo_metadata::{MetadataCommand, TargetKind};
 use godwit_sim::guest_image::workspace;
 
-use crate::{setup, tidy};
+use crate::{fuzz, setup, tidy};
 
 /// The crate whose integration tests each need the machine for themselves.
 const END_TO_END: &str = "godwit";
 
 /// Runs every check and every test, all of them even after a failure; the last line says how many passed and failed.
-/// With `long`, tests that are ignored for their length run as well.
+/// With `long`, tests that are ignored for their length run as well, and the fuzz targets.
 ///
 /// # Errors
 /// When anything failed.
@@ -27,6 +27,10 @@ pub(crate) fn run(long: bool) -> Result<()> {
     for step in steps(long)? {
         println!("\n== cargo {}", step.join(" "));
         count += cargo(&step)?;
+    }
+    if long {
+        println!("\n== fuzz targets");
+        count += check("fuzz", fuzz::check(fuzz::LONG_EXECUTIONS));
     }
     println!("\n{} passed, {} failed", count.passed, count.failed);
     if count.failed > 0 {

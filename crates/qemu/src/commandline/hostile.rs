@@ -296,6 +296,7 @@ const WAYS: &[(&str, &str, &str)] = &[
     ("an instruction counter's log", "icount", "shift=1,rr=record,rrfile=/etc/cron.d/x"),
     ("a guest's own exit code", "debugcon", "file:/etc/cron.d/x"),
     // What is no option.
+    ("a path where a property's name belongs", "device", "virtio-net-pci,\": \"/etc/shadow\"=on"),
     ("a value where none belongs", "nodefaults", "/etc/shadow"),
     ("no value where one belongs", "kernel", ""),
     ("another name of an option", "M", "pc-q35-10.0"),

@@ -250,9 +250,19 @@ fn checked(
 ) -> Option<String> {
     match Properties::parse(value, implied) {
         // Which of two values counts differs between options.
-        Ok(list) => list.repeated().map(|key| format!("{key} is given twice")).or_else(|| refused(&list)),
+        Ok(list) => list
+            .repeated()
+            .map(|key| format!("{key} is given twice"))
+            .or_else(|| list.iter().find_map(|(key, _)| no_name(key)))
+            .or_else(|| refused(&list)),
         Err(error) => Some(error.to_string()),
     }
+}
+
+/// The names of properties are plain; what isn't one may mean something else to whoever cuts the value again.
+fn no_name(key: &str) -> Option<String> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    (!key.bytes().all(plain)).then(|| format!("\"{}\" isn't the name of a property", key.escape_debug()))
 }
 
 fn unknown(key: &str, known: &[&str]) -> Option<String> {
