@@ -296,6 +296,8 @@ const WAYS: &[(&str, &str, &str)] = &[
     ("an instruction counter's log", "icount", "shift=1,rr=record,rrfile=/etc/cron.d/x"),
     ("a guest's own exit code", "debugcon", "file:/etc/cron.d/x"),
     // What is no option.
+    ("a path where an id belongs", "netdev", "tap,id=n=/etc/shadow"),
+    ("a path as the id of a device", "device", "{\"driver\":\"e1000\",\"id\":\"/objects\"}"),
     ("a path where a property's name belongs", "device", "virtio-net-pci,\": \"/etc/shadow\"=on"),
     ("a value where none belongs", "nodefaults", "/etc/shadow"),
     ("no value where one belongs", "kernel", ""),

@@ -253,7 +253,7 @@ fn checked(
         Ok(list) => list
             .repeated()
             .map(|key| format!("{key} is given twice"))
-            .or_else(|| list.iter().find_map(|(key, _)| no_name(key)))
+            .or_else(|| list.iter().find_map(|(key, value)| no_name(key).or_else(|| no_id(key, value))))
             .or_else(|| refused(&list)),
         Err(error) => Some(error.to_string()),
     }
@@ -263,6 +263,13 @@ fn checked(
 fn no_name(key: &str) -> Option<String> {
     let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
     (!key.bytes().all(plain)).then(|| format!("\"{}\" isn't the name of a property", key.escape_debug()))
+}
+
+/// QEMU's own rule for ids: a letter, then letters, digits, `-`, `.` and `_`.
+fn no_id(key: &str, value: &str) -> Option<String> {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._-".contains(&byte);
+    let well_formed = value.starts_with(|c: char| c.is_ascii_alphabetic()) && value.bytes().all(plain);
+    (key == "id" && !well_formed).then(|| format!("\"{}\" isn't an id", value.escape_debug()))
 }
 
 fn unknown(key: &str, known: &[&str]) -> Option<String> {
