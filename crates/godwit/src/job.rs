@@ -259,6 +259,8 @@ pub(crate) struct Progress {
     pub dirty_pages_per_second: u64,
     /// The pause if the guest were stopped now.
     pub predicted_downtime_ms: Option<u64>,
+    /// Since when nothing is heard of the target, if that is long.
+    pub link_silent_ms: Option<u64>,
     /// Time until the machine runs at the target, if the guest goes on as it does.
     pub predicted_remaining_ms: Option<u64>,
 }

@@ -53,6 +53,11 @@ impl Failure {
         Self::Problem(Problem { code: ProblemCode::Unreachable, message: message.into() })
     }
 
+    /// Whether the agent couldn't be reached; it may be back soon.
+    pub(super) fn is_of_connection(&self) -> bool {
+        matches!(self, Self::Problem(problem) if problem.code == ProblemCode::Unreachable)
+    }
+
     /// The exit code.
     pub(super) fn exit_code(&self) -> ExitCode {
         ExitCode::from(match self {

@@ -1,6 +1,6 @@
 //! Watching a migration: a progress bar for people, one JSON event a line for programs.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use tokio::{signal::ctrl_c, time::sleep};
@@ -18,6 +18,8 @@ const REPORT_POLL: Duration = Duration::from_millis(50);
 /// A worker that hasn't begun to listen has no events yet.
 const EVENTS_POLL: Duration = Duration::from_millis(200);
 
+/// How long an agent that was there may be away.
+const AGENT_PATIENCE: Duration = Duration::from_secs(30);
 /// What is owed is counted in pages.
 const PAGE_BYTES: u64 = 4096;
 
@@ -46,24 +48,39 @@ pub(super) async fn to_the_end(
 
 async fn follow(client: &Client, id: &str, view: &mut View) -> Result<Report, Failure> {
     let mut seen = 0;
+    let mut answered_at = Instant::now();
     loop {
-        let mut events = client.events(id).await?;
-        // Each stream begins with the first event.
-        let mut index = 0;
-        while let Some(event) = events.next().await? {
-            index += 1;
-            if index > seen {
-                seen = index;
-                view.show(&event);
+        match watch(client, id, view, &mut seen).await {
+            Ok(Migration { report: Some(report), .. }) => {
+                view.end();
+                return Ok(report);
             }
+            Ok(migration) => {
+                answered_at = Instant::now();
+                sleep(if migration.phase == Phase::Done { REPORT_POLL } else { EVENTS_POLL }).await;
+            }
+            // A migration goes on without its agent, which may be restarting.
+            Err(failure) if failure.is_of_connection() && answered_at.elapsed() < AGENT_PATIENCE => {
+                sleep(EVENTS_POLL).await;
+            }
+            Err(failure) => return Err(failure),
         }
-        let migration: Migration = client.get(&format!("/v1/migrations/{id}")).await?;
-        if let Some(report) = migration.report {
-            view.end();
-            return Ok(report);
-        }
-        sleep(if migration.phase == Phase::Done { REPORT_POLL } else { EVENTS_POLL }).await;
     }
+}
+
+/// Shows the events that weren't shown yet, until their stream ends; how the migration stands then.
+async fn watch(client: &Client, id: &str, view: &mut View, seen: &mut usize) -> Result<Migration, Failure> {
+    let mut events = client.events(id).await?;
+    // Each stream begins with the first event.
+    let mut index = 0;
+    while let Some(event) = events.next().await? {
+        index += 1;
+        if index > *seen {
+            *seen = index;
+            view.show(&event);
+        }
+    }
+    client.get(&format!("/v1/migrations/{id}")).await
 }
 
 /// What is shown while it goes on.
@@ -124,6 +141,7 @@ fn bar(machine: &str, peer: &str) -> ProgressBar {
 
 fn line(progress: &Progress) -> String {
     let mut parts = Vec::new();
+    parts.extend(progress.link_silent_ms.map(|ms| format!("nothing heard for {}", time_ms(ms as f64))));
     parts.extend(progress.predicted_remaining_ms.map(|ms| format!("{} left", time_ms(ms as f64))));
     parts.extend(progress.predicted_downtime_ms.map(|ms| format!("pause now {}", time_ms(ms as f64))));
     parts.push(rate(progress.rate_bytes_per_second));

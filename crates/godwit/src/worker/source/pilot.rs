@@ -206,6 +206,7 @@ impl Pilot {
             wire_bytes: link.wire_bytes,
             rate_bytes_per_second: sample.rate_bytes_per_second,
             dirty_pages_per_second: self.predictor.dirty_blocks_per_second() as u64,
+            link_silent_ms: None,
             predicted_downtime_ms: whole(sample.predicted_pause_ms),
             predicted_remaining_ms: self.predictor.remaining_ms(backlog, self.target_ms).and_then(whole),
         }

@@ -202,6 +202,12 @@ pub struct Stats {
     pub min_rtt: Option<Duration>,
     /// Per lane, the first frame that the peer has not acknowledged.
     pub acknowledged: NextExpected,
+    /// When the peer was last heard; it says something at least once a second.
+    pub heard_at: Option<Instant>,
+    /// How often new connections took the place of lost ones.
+    pub reconnections: u32,
+    /// Header and payload bytes that were sent again on new connections.
+    pub repeated_bytes: u64,
 }
 
 /// One side of a session; both sides are alike.
@@ -295,6 +301,7 @@ impl Core {
     /// # Errors
     /// Where no correct peer sends this; the session has to be given up.
     pub fn receive(&mut self, role: Role, frame: Frame, now: Instant) -> Result<Arrival, Violation> {
+        self.stats.heard_at = Some(now);
         let header = frame.header;
         let acknowledged = self.acknowledge(header.received, now)?;
         if header.content == Content::Acknowledgement {
@@ -345,8 +352,10 @@ impl Core {
         for lane in Lane::ALL {
             let outbound = &mut self.outbound[lane.index()];
             self.stats.acked_bytes += outbound.acknowledge(peer.on(lane))?.bytes as u64;
-            outbound.rewind();
+            self.stats.repeated_bytes += outbound.rewind() as u64;
         }
+        self.stats.reconnections += u32::from(self.stats.heard_at.is_some());
+        self.stats.heard_at = Some(now);
         // Another path may have other properties.
         self.path = Path::new(self.limits.window_bytes, now);
         self.acks = Acks::new(now);

@@ -116,12 +116,15 @@ impl Outbound {
         Ok(acknowledged)
     }
 
-    /// New connections: what isn't acknowledged will be sent again.
-    pub(super) fn rewind(&mut self) {
+    /// New connections: what isn't acknowledged will be sent again. Returns how many bytes that are.
+    pub(super) fn rewind(&mut self) -> usize {
+        let again =
+            self.frames.iter().take(self.transmitted).map(|frame| HEADER_BYTES + frame.payload.len()).sum();
         self.transmitted = 0;
         for frame in &mut self.frames {
             frame.departure = None;
         }
+        again
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod acting;
 mod ending;
+mod link_watch;
 
 use std::{os::unix::net::UnixStream, sync::Arc, time::Duration};
 
@@ -15,13 +16,14 @@ use godwit_qemu::{
     memory::ProcessMemory,
     qmp::{Event, MigrationState},
 };
-use godwit_transport::session::{Lane, Session, SessionError};
+use godwit_transport::session::{Lane, Session, SessionError, Stats};
 use serde::Deserialize;
 use tokio::{
     sync::{broadcast, mpsc},
     time::{Instant, MissedTickBehavior, interval},
 };
 
+use self::link_watch::LinkWatch;
 use super::{
     guest::Guest,
     learned,
@@ -104,6 +106,7 @@ pub(super) struct Control<'a> {
     pilot: Pilot,
     draft: &'a mut ReportDraft,
     clock: Clock,
+    link_watch: LinkWatch,
     qemu_events: broadcast::Receiver<Event>,
     /// What the guest does, as far as QEMU tells before it stops it for us.
     guest_does: RunState,
@@ -186,6 +189,7 @@ impl<'a> Control<'a> {
             threads,
             draft,
             clock,
+            link_watch: LinkWatch::new(now.into_std()),
             session_over: false,
             bandwidth: job.options.bandwidth_bytes_per_second,
             stop: Stop::default(),
@@ -371,7 +375,20 @@ impl<'a> Control<'a> {
     }
 
     fn look(&mut self) -> Vec<Action> {
-        let link = self.observe_link();
+        let (now, stats) = (std::time::Instant::now(), self.session.stats());
+        if let Some(news) = self.link_watch.observe(&self.job.peer, &stats, now) {
+            self.journal.warn(news);
+        }
+        if self.stop.gate_opened.is_none()
+            && self.link_watch.stalled(now) > self.job.options.reconnect_timeout()
+        {
+            return self.abort(format!("{} takes nothing any more", self.job.peer));
+        }
+        let is_there = LinkWatch::is_there(&stats, now);
+        if self.stop.gate_opened.is_none() && !is_there {
+            self.clock.last_sign_of_life = Instant::now();
+        }
+        let link = self.observe_link(&stats);
         if link.acked_bytes != self.clock.acked_bytes {
             self.clock.acked_bytes = link.acked_bytes;
             self.clock.last_sign_of_life = Instant::now();
@@ -386,7 +403,8 @@ impl<'a> Control<'a> {
         let stage = StageObservation::of(&self.threads.stage.lock());
         let passes = self.threads.pace.passes();
         let now_ms = self.clock.began.elapsed().as_millis() as u64;
-        let course = self.pilot.look(now_ms, passes, &stage, &link);
+        let mut course = self.pilot.look(now_ms, passes, &stage, &link);
+        course.progress.link_silent_ms = self.link_watch.silent_ms(now);
         self.threads.account.set_level(course.level);
         self.tell(&course.progress);
         if self.stop.gate_opened.is_some() {
@@ -397,12 +415,12 @@ impl<'a> Control<'a> {
             self.clock.last_pass = Instant::now();
             self.threads.pace.allow_pass();
         }
-        self.heed(course.verdict, passes > 0 && stage.never_sent_blocks == 0)
+        self.heed(course.verdict, is_there, passes > 0 && stage.never_sent_blocks == 0)
     }
 
     /// Follows the policy. The hand-over is opened on both disks as soon as the stop may be near, so that the policy's
     /// word finds everything ready.
-    fn heed(&mut self, verdict: Verdict, may_be_near: bool) -> Vec<Action> {
+    fn heed(&mut self, verdict: Verdict, is_there: bool, may_be_near: bool) -> Vec<Action> {
         match verdict {
             Verdict::Stop { .. } => self.stop.is_wanted = true,
             Verdict::Stalled { predicted_pause_ms } if self.clock.stall_is_news() => {
@@ -412,6 +430,11 @@ impl<'a> Control<'a> {
             }
             Verdict::Stalled { .. } => {}
             Verdict::Continue => self.clock.stalled_since = None,
+        }
+        if !is_there {
+            // What the policy said was of a link that carries.
+            self.stop.is_wanted = self.stop.came_by_itself;
+            return vec![];
         }
         if self.stop.is_wanted && self.handover.is_ready() {
             return self.handover.apply(SourceEvent::Decided);
@@ -423,8 +446,7 @@ impl<'a> Control<'a> {
         }
     }
 
-    fn observe_link(&self) -> LinkObservation {
-        let stats = self.session.stats();
+    fn observe_link(&self, stats: &Stats) -> LinkObservation {
         LinkObservation {
             wire_bytes: stats.wire_bytes,
             acked_bytes: stats.acked_bytes,
