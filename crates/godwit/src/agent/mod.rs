@@ -34,6 +34,7 @@ mod rate;
 mod reach;
 mod recovery;
 mod state;
+mod supervisor;
 mod taps;
 mod workers;
 
@@ -158,15 +159,18 @@ impl Agent {
         let (kept, reload) = (self.clone(), signal(SignalKind::hangup())?);
         tokio::spawn(async move { kept.credentials.keep(reload).await });
         tokio::spawn(listener::serve(self.clone(), tcp));
+        tokio::spawn(supervisor::keep_alive(self.clone()));
         let name = self.config.name.as_str();
         tracing::info!(name, socket = %self.config.socket.display(), listen = %self.config.listen, "ready");
         let (mut terminate, mut interrupt) =
             (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        supervisor::ready();
         tokio::select! {
             result = axum::serve(unix, api::router(self.clone())) => result?,
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}
         }
+        supervisor::stopping();
         let _ = std::fs::remove_file(&self.config.socket);
         tracing::info!("stopped; machines and migrations go on");
         Ok(())

@@ -74,6 +74,8 @@ pub(crate) fn lay_privilege_aside() {
 /// What the kernel says to the start; what it says to the privileges is only logged, since an agent without
 /// capabilities works too (a worker then reads pages from QEMU's stream).
 pub(crate) fn spawn(mut command: Command, privilege: Privilege) -> io::Result<Child> {
+    // The service manager hears of the agent from nobody else.
+    command.env_remove("NOTIFY_SOCKET").env_remove("WATCHDOG_USEC").env_remove("WATCHDOG_PID");
     let start = move || {
         let result = match privilege {
             Privilege::NoTrace => forbid_trace(),
@@ -106,6 +108,8 @@ pub(crate) fn with_trace<T: Send + 'static>(look: impl FnOnce() -> T + Send + 's
 }
 
 fn forbid_trace() -> Result<(), caps::errors::CapsError> {
+    // An agent that isn't root hands on what it has by this set alone: then QEMU gets nothing at all.
+    caps::clear(None, CapSet::Ambient)?;
     caps::drop(None, CapSet::Inheritable, Capability::CAP_SYS_PTRACE)?;
     caps::drop(None, CapSet::Bounding, Capability::CAP_SYS_PTRACE)
 }
