@@ -222,6 +222,8 @@ impl Stage {
         std::fs::create_dir_all(directory)?;
         for host in &self.hosts {
             copy_small_files(&host.path(""), &directory.join(host.name()))?;
+            let said = self.watcher(host.place).seen().said.join("\n");
+            std::fs::write(directory.join(host.name()).join("qemu-events.log"), said)?;
         }
         Ok(())
     }
@@ -236,7 +238,7 @@ impl Stage {
         let append = GuestImage::command_line(WORKLOAD, FIRST_GUEST_ADDRESS, Some(self.beats.address()));
         format!(
             "name = \"{MACHINE}\"\nmachine = \"pc\"\naccel = \"tcg\"\nmemory = \"{MEMORY_MB}M\"\n\n\
-             [boot]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\nappend = \"{append}\"\n\n\
+             [boot]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\nappend = \"{append} loglevel=5\"\n\n\
              [[net]]\nbridge = \"{GUEST_BRIDGE}\"\n"
         )
     }

@@ -31,6 +31,8 @@ const LOOK_EVERY: Duration = Duration::from_micros(300);
 /// A moment that hasn't come by then doesn't come.
 const MOMENT_LIMIT: Duration = Duration::from_secs(25);
 
+/// A victim that isn't there by then isn't coming.
+const VICTIM_LIMIT: Duration = Duration::from_secs(2);
 /// Where a machine's record is in one of these states, its operator may continue it.
 const CONTINUABLE: [&str; 3] = ["owner", "mine", "offered"];
 
@@ -194,7 +196,7 @@ impl Flight<'_> {
     /// Kills or stops a process, and starts or continues it.
     fn signal(&self, strike: Strike) -> Result<()> {
         let victim = strike.fault.victim().context("this fault has no victim")?;
-        let process = self.process_of(victim).context("there is no such process")?;
+        let process = self.await_process(victim).context("there is no such process")?;
         if strike.fault.kills() {
             match victim {
                 Victim::Agent(side) => {
@@ -212,6 +214,19 @@ impl Flight<'_> {
         // It may have been killed meanwhile, and then there is nothing to continue.
         let _ = kill(process, Signal::SIGCONT);
         Ok(())
+    }
+
+    /// The victim; one that is about to be started is waited for.
+    fn await_process(&self, victim: Victim) -> Option<Pid> {
+        let began = Instant::now();
+        loop {
+            let process = self.process_of(victim);
+            let is_late = self.is_over.load(Ordering::Relaxed) || began.elapsed() > VICTIM_LIMIT;
+            if process.is_some() || is_late {
+                return process;
+            }
+            std::thread::sleep(LOOK_EVERY);
+        }
     }
 
     fn process_of(&self, victim: Victim) -> Option<Pid> {

@@ -1,6 +1,9 @@
 //! The harness's own connection to the QEMU of a host: when its guest ran, whoever made it.
 
 use std::{
+    fs::OpenOptions,
+    io,
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, SystemTime},
@@ -28,6 +31,8 @@ pub(super) struct Seen {
     pub(super) intervals: Vec<Interval>,
     /// There is a QEMU.
     pub(super) is_there: bool,
+    /// What its QEMUs said, a line each.
+    pub(super) said: Vec<String>,
     /// What may never be, in words.
     pub(super) violations: Vec<String>,
 }
@@ -48,6 +53,7 @@ impl Watcher {
         std::thread::spawn(move || {
             while wanted.strong_count() > 0 {
                 if let Ok(monitor) = Qmp::connect(&socket, LOOK_EVERY) {
+                    keep_console(&machine, &socket.with_file_name("console.log"));
                     follow(monitor, &machine, &wanted);
                 }
                 std::thread::sleep(LOOK_EVERY);
@@ -71,6 +77,7 @@ impl Watcher {
         let mut seen = lock(&self.seen);
         seen.intervals.retain(|interval| interval.to.is_none());
         seen.violations.clear();
+        seen.said.clear();
     }
 }
 
@@ -84,12 +91,21 @@ pub(super) fn overlap(a: &[Interval], b: &[Interval]) -> Duration {
     a.iter().flat_map(|one| b.iter().map(move |other| both(one, other))).max().unwrap_or_default()
 }
 
+/// Keeps what a guest prints until its QEMU ends.
+fn keep_console(machine: &Path, log: &Path) {
+    let log = OpenOptions::new().create(true).append(true).open(log);
+    if let (Ok(mut console), Ok(mut log)) = (UnixStream::connect(machine.join("console.sock")), log) {
+        std::thread::spawn(move || io::copy(&mut console, &mut log));
+    }
+}
+
 /// Follows one QEMU to its end.
 fn follow(mut monitor: Qmp, machine: &Path, wanted: &Weak<Mutex<Seen>>) {
     let Ok(status) = monitor.execute("query-status", json!({})) else { return };
     if let Some(seen) = wanted.upgrade() {
         let mut seen = lock(&seen);
         seen.is_there = true;
+        seen.say(SystemTime::now(), &format!("found, {}", status["status"]));
         monitor.events().iter().for_each(|event| seen.note(event, machine));
         // Events tell only of a guest that began to run since.
         if status["running"] == true {
@@ -106,6 +122,7 @@ fn follow(mut monitor: Qmp, machine: &Path, wanted: &Weak<Mutex<Seen>>) {
         if !alive {
             let mut seen = lock(&seen);
             seen.end(SystemTime::now());
+            seen.say(SystemTime::now(), "gone");
             seen.is_there = false;
             return;
         }
@@ -113,7 +130,16 @@ fn follow(mut monitor: Qmp, machine: &Path, wanted: &Weak<Mutex<Seen>>) {
 }
 
 impl Seen {
+    fn say(&mut self, at: SystemTime, what: &str) {
+        let unix_ms = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_micros() as f64 / 1e3;
+        self.said.push(format!("{unix_ms:.3} {what}"));
+    }
+
     fn note(&mut self, event: &Event, machine: &Path) {
+        // A QEMU that waits for its gate tells of hundreds of passes a second.
+        if event.name != "MIGRATION_PASS" {
+            self.say(event.at, &format!("{} {}", event.name, event.data));
+        }
         match event.name.as_str() {
             "RESUME" => {
                 self.begin(event.at);
