@@ -78,6 +78,8 @@ impl Job {
             round_trip_ms: None,
             predicted_downtime_ms: None,
             wire_bytes: 0,
+            reconnections: 0,
+            repeated_bytes: 0,
             techniques: Techniques::default(),
             device_state_bytes: 0,
             passes: 0,
@@ -311,6 +313,10 @@ pub(crate) struct Report {
     pub predicted_downtime_ms: Option<u64>,
     /// Payload put on the wire by the session, TLS and TCP headers excluded.
     pub wire_bytes: u64,
+    /// How often new connections took the place of lost ones.
+    pub reconnections: u32,
+    /// Of the wire bytes, those sent again on new connections.
+    pub repeated_bytes: u64,
     /// Bytes of memory batches before compression and after, by technique.
     pub techniques: Techniques,
     /// Bytes of QEMU's own sections, compressed.

@@ -173,6 +173,10 @@ pub(crate) fn report(report: &Report) -> String {
     }
     let average = report.wire_bytes.saturating_mul(1_000).checked_div(report.total_ms).unwrap_or(0);
     line("on the wire", format!("{} ({} on average)", size(report.wire_bytes), rate(average)));
+    if report.reconnections > 0 {
+        let again = size(report.repeated_bytes);
+        line("link lost", format!("{} times; {again} were sent again", report.reconnections));
+    }
     line("device state", size(report.device_state_bytes));
     line("passes", count(report.passes));
     line(

@@ -1,6 +1,8 @@
 //! What dies on the way takes no guest with it: exactly one copy runs on, and what was left behind is put in order by the
 //! agents, or by the next ones.
 
+use std::{fs, thread, time::Duration};
+
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
@@ -98,6 +100,48 @@ fn a_restarted_agent_takes_its_migration_up_again() {
 }
 
 #[test]
+fn a_link_that_is_cut_is_waited_for() {
+    let hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan::LIGHT);
+    let migration = Migration::begin(&hosts.a, &hosts.b, &SLOWLY);
+    migration.reaches("pre_copy");
+    thread::sleep(Duration::from_secs(2));
+    hosts.lab.cut();
+    let wire_bytes = || hosts.a.godwit(&["status", &migration.id]).json["progress"]["wire_bytes"].as_u64();
+    eventually("the operator hears of it", || migration.events().contains("nothing is heard of b"));
+    thread::sleep(Duration::from_secs(13));
+    guest.goes_on();
+    let sent = wire_bytes();
+    hosts.lab.restore();
+    let (code, report) = migration.ends();
+    assert_eq!(code, 0, "{report}");
+    assert!(migration.events().contains("b is back after"), "{}", migration.events());
+    assert_eq!(report["reconnections"], 1, "{report}");
+    let (again, sent) = (report["repeated_bytes"].as_u64().unwrap(), sent.unwrap());
+    assert!(again < sent / 4, "{again} of {sent} bytes were sent again");
+    hosts.only_at(&hosts.b);
+    guest.goes_on();
+}
+
+#[test]
+fn a_link_that_stays_away_leaves_the_machine_where_it_was() {
+    let hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan::LIGHT);
+    let before = settings(&hosts.a);
+    let impatient = [&SLOWLY[..], &["--reconnect-timeout", "2s"]].concat();
+    let migration = Migration::begin(&hosts.a, &hosts.b, &impatient);
+    migration.reaches("pre_copy");
+    hosts.lab.cut();
+    let (code, report) = migration.ends();
+    assert_eq!(code, 1, "{report}");
+    assert_eq!(report["machine_is_at"], "a", "{report}");
+    hosts.lab.restore();
+    is_settled(&hosts, &guest, &before, "after a lost link");
+    migrate(&hosts.a, &hosts.b, &[]);
+    guest.goes_on();
+}
+
+#[test]
 fn a_host_that_never_comes_back_is_declared_lost_and_stands_down_when_it_does() {
     let mut hosts = Hosts::new();
     let guest = Guest::boot(&hosts, Plan::LIGHT);
@@ -124,7 +168,7 @@ fn a_host_that_never_comes_back_is_declared_lost_and_stands_down_when_it_does() 
     });
     hosts.only_at(&hosts.a);
     eventually("the order is forgotten", || {
-        std::fs::read_dir(hosts.a.path("state/stand-down")).is_ok_and(|it| it.count() == 0)
+        fs::read_dir(hosts.a.path("state/stand-down")).is_ok_and(|it| it.count() == 0)
     });
     guest.goes_on();
 }
@@ -148,6 +192,13 @@ fn is_settled(hosts: &Hosts, guest: &Guest, before: &[Value; 2], what: &str) {
     eventually(&format!("QEMU is as it was ({what})"), || settings(here) == *before);
     assert!(!here.machine_file("qemu-settings.json").exists());
     guest.goes_on();
+}
+
+impl Migration<'_> {
+    /// What its source's worker said so far.
+    fn events(&self) -> String {
+        fs::read_to_string(self.from.migration_file(&self.id, "events.ndjson")).unwrap()
+    }
 }
 
 impl Host {

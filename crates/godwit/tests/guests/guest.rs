@@ -94,7 +94,7 @@ pub(crate) fn migrate(from: &Host, to: &Host, options: &[&str]) -> Value {
 /// A migration under way.
 pub(crate) struct Migration<'a> {
     pub id: String,
-    from: &'a Host,
+    pub from: &'a Host,
 }
 
 impl<'a> Migration<'a> {

@@ -44,6 +44,8 @@ impl Control<'_> {
         self.draft.techniques(&self.threads.account.tally());
         let report = &mut self.draft.report;
         report.wire_bytes = stats.wire_bytes;
+        report.reconnections = stats.reconnections;
+        report.repeated_bytes = stats.repeated_bytes;
         report.round_trip_ms = stats.min_rtt.map(|time| time.as_secs_f64() * 1e3);
         report.device_state_bytes = self.threads.account.stream_bytes();
         report.passes = self.threads.pace.passes();
