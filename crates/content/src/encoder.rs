@@ -6,6 +6,7 @@ use crate::bases::{Bases, Keys, Reference, Seen};
 use crate::batch::SubForm;
 use crate::digest::{self, Chain, Digests, Link};
 use crate::draft::{BlockOutline, Draft, Outline};
+use crate::held::Held;
 use crate::{BATCH_BLOCKS, BLOCK_BYTES, Block, BlockId, BlockVersion, SUB_BLOCKS, is_zero, sub_blocks};
 
 /// The bounds of an [`Encoder`].
@@ -59,6 +60,7 @@ pub struct Encoder {
     level: i32,
     techniques: Techniques,
     key_of: fn(u128) -> u64,
+    held: Held,
 }
 
 /// A reference's share of the control section, about: a longer delta gives way to it. A delta with a run is longer.
@@ -79,7 +81,13 @@ impl Encoder {
             level: limits.level,
             techniques: Techniques::ALL,
             key_of,
+            held: Held::default(),
         }
+    }
+
+    /// What the target holds already, from an earlier session. To be said before anything is drafted.
+    pub fn assume_held(&mut self, held: Held) {
+        self.held = held;
     }
 
     /// Chooses zstd's level for the drafts that follow.
@@ -132,6 +140,7 @@ impl Encoder {
     /// The order of techniques that did best: zero, seen before, delta, literal.
     fn outline(&mut self, version: BlockVersion, content: &Block, outline: &mut Outline) -> BlockOutline {
         if self.techniques.zero && is_zero(content) {
+            self.held.take(version.id, content);
             self.bases.forget(version.id);
             self.link.push(version.id, &digest::zero_digests());
             return BlockOutline::zero(version.id);
@@ -139,6 +148,11 @@ impl Encoder {
         let digests = digest::digests(content);
         self.link.push(version.id, &digests);
         let mut keys = self.keys(&digests);
+        if self.held.take(version.id, content) {
+            self.bases.keep(version, content, &keys);
+            outline.references.push(Reference { id: version.id, sub_block: 0 });
+            return BlockOutline::reference(version.id);
+        }
         let seen = self.bases.find(content, &keys);
         if let Some(id) = seen.whole.filter(|_| self.techniques.reference) {
             self.keep_repeated(version, content);

@@ -43,6 +43,7 @@ mod digest;
 mod draft;
 mod encoder;
 mod governor;
+mod held;
 #[cfg(test)]
 mod hostile_tests;
 mod index;
@@ -59,6 +60,7 @@ pub use digest::Chain;
 pub use draft::{Batch, Draft};
 pub use encoder::{Encoder, EncoderLimits, Techniques};
 pub use governor::{Interval, LevelGovernor};
+pub use held::Held;
 pub use memory::{Memory, MemoryError, VecMemory};
 pub use tally::Tally;
 

@@ -38,6 +38,8 @@ struct Setting {
     level: i32,
     techniques: Techniques,
     key_of: fn(u128) -> u64,
+    /// The source knows what the target's memory starts as.
+    held: bool,
 }
 
 fn change() -> impl Strategy<Value = Change> {
@@ -76,8 +78,15 @@ fn setting() -> impl Strategy<Value = Setting> {
             compress,
         },
     );
-    (base_bytes, -5..4i32, techniques, prop::sample::select(&KEYS[..]))
-        .prop_map(|(base_bytes, level, techniques, key_of)| Setting { base_bytes, level, techniques, key_of })
+    (base_bytes, -5..4i32, techniques, prop::sample::select(&KEYS[..]), any::<bool>()).prop_map(
+        |(base_bytes, level, techniques, key_of, held)| Setting {
+            base_bytes,
+            level,
+            techniques,
+            key_of,
+            held,
+        },
+    )
 }
 
 /// A source and its target, whose memory starts as noise.
@@ -98,6 +107,10 @@ impl Pair {
         let odd: Vec<_> = (0..BLOCKS as u64).filter(|id| id % 2 == 1).map(BlockId).collect();
         let noise: Vec<Block> = odd.iter().map(|id| noise(id.0)).collect();
         target.write(&odd, noise.as_flattened()).unwrap();
+        if setting.held {
+            let digest = |id| Held::digest(target.block(BlockId(id)).try_into().unwrap());
+            encoder.assume_held(Held::new((0..BLOCKS as u64).map(digest).collect()));
+        }
         Self {
             source: vec![[0; BLOCK_BYTES]; BLOCKS],
             encoder,
@@ -259,7 +272,33 @@ fn default_pair() -> Pair {
         level: 1,
         techniques: Techniques::ALL,
         key_of: |digest| digest as u64,
+        held: false,
     })
+}
+
+#[test]
+fn what_the_target_holds_is_named_and_not_sent_until_it_changes() {
+    let mut pair = default_pair();
+    let held = |id: u64| if id % 2 == 1 { Held::digest(&noise(id)) } else { 0 };
+    pair.encoder.assume_held(Held::new((0..BLOCKS as u64).map(held).collect()));
+    let changes = [sent(3, Change::Noise(3)), sent(5, Change::Noise(6)), sent(7, Change::Noise(7))];
+    let batch = pair.encode(&changes);
+    assert_eq!((batch.tally.reference_blocks, batch.tally.literal_blocks), (2, 1));
+    pair.decode(&batch.bytes).unwrap();
+    let batch = pair.encode(&[sent(3, Change::Fill(1)), sent(3, Change::Noise(3)), sent(7, Change::Zero)]);
+    pair.decode(&batch.bytes).unwrap();
+    for block in [3, 5, 7] {
+        assert!(pair.target.memory.block(BlockId(block)) == pair.source[block as usize]);
+    }
+}
+
+#[test]
+fn what_the_target_only_seems_to_hold_is_found_out() {
+    let mut pair = default_pair();
+    pair.source[2] = noise(2);
+    pair.encoder.assume_held(Held::new(vec![Held::digest(&noise(2)); BLOCKS]));
+    let batch = pair.encode(&[sent(2, Change::Nothing)]);
+    assert!(matches!(pair.decode(&batch.bytes), Err(DecodeError::DigestDiffers { .. })));
 }
 
 fn sent(block: usize, change: Change) -> Sent {
