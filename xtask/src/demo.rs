@@ -1,4 +1,5 @@
-//! One busy guest, one link, and whoever wants to move it: godwit, and QEMU alone in three ways.
+//! One busy guest, one link, and whoever wants to move it: godwit, and QEMU alone in three ways. Or godwit alone, while
+//! things fail.
 
 use std::{
     path::{Path, PathBuf},
@@ -6,11 +7,14 @@ use std::{
 };
 
 use anyhow::{Context, Result};
+use clap::ValueEnum;
 use godwit_sim::{guest_image::GuestImage, lab::Lab, link::Shape};
 
 use crate::setup;
 
+mod failures;
 mod godwit;
+mod hosts;
 mod outcome;
 mod plain_qemu;
 mod table;
@@ -23,9 +27,19 @@ const DOWNTIME_TARGET: Duration = Duration::from_millis(50);
 /// Memory of the guest.
 const GUEST_MEMORY_MB: u64 = 512;
 
+/// What is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Scenario {
+    /// godwit beside QEMU alone.
+    Compare,
+    /// What becomes of a guest when the link is cut and processes are killed while it moves.
+    Failures,
+}
+
 /// What the command line asks for.
 #[derive(Debug)]
 pub(crate) struct Request {
+    pub(crate) scenario: Scenario,
     pub(crate) json: Option<PathBuf>,
     /// Names of contenders; empty: all.
     pub(crate) only: Vec<String>,
@@ -57,15 +71,15 @@ const CONTENDERS: [Contender; 4] = [
     ("qemu-xbzrle-downtime", |stage| plain_qemu::run(stage, &plain_qemu::XBZRLE_DOWNTIME)),
 ];
 
-/// Runs the contenders one after the other and prints them side by side.
+/// Runs the contenders one after the other and prints them side by side; or shows what happens when things fail.
 ///
 /// # Errors
-/// When something is missing, or a contender fails rather than loses.
+/// When something is missing, a contender fails rather than loses, or a claim doesn't hold.
 pub(crate) fn run(request: &Request) -> Result<()> {
     setup::run()?;
     let image = GuestImage::ensure()?;
     let wanted = |name: &str| request.only.is_empty() || request.only.iter().any(|only| only == name);
-    let godwit = if wanted(godwit::NAME) { godwit::build()? } else { PathBuf::new() };
+    let godwit = if wanted(godwit::NAME) { hosts::build()? } else { PathBuf::new() };
     let round_trip = Duration::from_millis(request.round_trip);
     let lab = Lab::new(Shape::symmetric(request.rate, round_trip))?;
     let stage = Stage {
@@ -79,13 +93,20 @@ pub(crate) fn run(request: &Request) -> Result<()> {
         "a {GUEST_MEMORY_MB} MB guest ({}), over {} Mbit/s with a round trip of {} ms",
         request.workload, request.rate, request.round_trip
     );
+    match request.scenario {
+        Scenario::Compare => compare(&stage, request, wanted),
+        Scenario::Failures => failures::run(&stage, request),
+    }
+}
+
+fn compare(stage: &Stage, request: &Request, wanted: impl Fn(&str) -> bool) -> Result<()> {
     let mut outcomes = Vec::new();
     for (name, contend) in CONTENDERS.into_iter().filter(|(name, _)| wanted(name)) {
         println!("\n{name}");
-        outcomes.push(contend(&stage).with_context(|| format!("{name} failed"))?);
+        outcomes.push(contend(stage).with_context(|| format!("{name} failed"))?);
     }
-    print!("\n{}", table::render(&outcomes, round_trip));
-    println!("link emulator: {:.1} s of CPU", lab.relay_statistics().cpu.as_secs_f64());
+    print!("\n{}", table::render(&outcomes, Duration::from_millis(request.round_trip)));
+    println!("link emulator: {:.1} s of CPU", stage.lab.relay_statistics().cpu.as_secs_f64());
     if let Some(path) = &request.json {
         std::fs::write(path, serde_json::to_string_pretty(&outcomes)? + "\n")
             .with_context(|| format!("cannot write {}", path.display()))?;

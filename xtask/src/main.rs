@@ -42,9 +42,12 @@ enum Task {
     Chaos(chaos::Request),
     /// Feed bytes that mean harm to everything that reads bytes of peers and guests.
     Fuzz(fuzz::Request),
-    /// Migrate a busy guest with godwit and with QEMU alone, over the same link, and compare.
+    /// Migrate a busy guest over a slow link: beside QEMU alone, or while things fail.
     Demo {
-        /// Write the figures to this file, as a JSON list with one object a contender.
+        /// What is shown.
+        #[arg(default_value = "compare")]
+        scenario: demo::Scenario,
+        /// Write the figures, or what is claimed, to this file.
         #[arg(long)]
         json: Option<PathBuf>,
         /// Run only these contenders.
@@ -84,8 +87,8 @@ fn run(task: Task) -> Result<()> {
         Task::Tidy => tidy::run(),
         Task::Chaos(request) => chaos::run(&request),
         Task::Fuzz(request) => fuzz::run(&request),
-        Task::Demo { json, only, workload, rate, round_trip, migrate } => {
-            demo::run(&demo::Request { json, only, workload, rate, round_trip, migrate })
+        Task::Demo { scenario, json, only, workload, rate, round_trip, migrate } => {
+            demo::run(&demo::Request { scenario, json, only, workload, rate, round_trip, migrate })
         }
     }
 }

@@ -1,0 +1,212 @@
+//! Two hosts, each with an agent, driven by the command line as a user would.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+use godwit_sim::{
+    guest_image::{GuestImage, workspace},
+    lab::{GUEST_BRIDGE, Lab, Place, Process},
+};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::Value;
+
+use super::{GUEST_MEMORY_MB, Stage};
+
+/// The one machine.
+pub(super) const MACHINE: &str = "web1";
+const AGENT_PORT: u16 = 4577;
+const START_LIMIT: Duration = Duration::from_secs(20);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// Builds the program as it is shipped.
+pub(super) fn build() -> Result<PathBuf> {
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    let built = cargo
+        .current_dir(workspace())
+        .args(["build", "--release", "--package", "godwit", "--message-format=json-render-diagnostics"])
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    let messages = String::from_utf8_lossy(&built.stdout);
+    let mut messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let program = messages.find_map(|message| {
+        let path = message["executable"].as_str()?;
+        (message["target"]["name"] == "godwit").then(|| PathBuf::from(path))
+    });
+    match program {
+        Some(program) if built.status.success() => Ok(program),
+        _ => bail!("godwit does not build"),
+    }
+}
+
+/// One host with its agent.
+pub(super) struct Host {
+    pub(super) place: Place,
+    directory: PathBuf,
+    agent: Option<Process>,
+}
+
+impl Host {
+    /// Starts its agent; [`Hosts::await_agent`] waits for it.
+    pub(super) fn start_agent(&mut self, lab: &Lab, program: &Path) -> Result<()> {
+        let mut agent = Command::new(program);
+        agent.arg("agent").arg("--config").arg(self.directory.join("agent.toml"));
+        self.agent = Some(lab.spawn(self.place, "agent", &mut agent, true)?);
+        Ok(())
+    }
+
+    /// Kills its agent (SIGKILL); machines and workers go on. Returns the process id that it had.
+    pub(super) fn kill_agent(&mut self) -> Result<u32> {
+        let mut agent = self.agent.take().context("there is no agent")?;
+        agent.kill().context("cannot kill the agent")?;
+        Ok(agent.id())
+    }
+
+    /// Kills the worker of a migration (SIGKILL). Returns the process id that it had.
+    pub(super) fn kill_worker(&self, migration: &str) -> Result<i32> {
+        let written = std::fs::read(self.migration(migration).join("worker.json"))?;
+        let written: Value = serde_json::from_slice(&written)?;
+        let worker = written["pid"].as_i64().and_then(|pid| pid.try_into().ok()).context("no worker")?;
+        kill(Pid::from_raw(worker), Signal::SIGKILL).context("cannot kill the worker")?;
+        Ok(worker)
+    }
+
+    /// What the host keeps of a migration.
+    pub(super) fn migration(&self, id: &str) -> PathBuf {
+        self.directory.join("state/migrations").join(id)
+    }
+}
+
+/// Both hosts.
+pub(super) struct Hosts {
+    pub(super) program: PathBuf,
+    pub(super) a: Host,
+    pub(super) b: Host,
+    /// Options for `migrate`.
+    pub(super) options: Vec<String>,
+}
+
+impl Hosts {
+    /// Makes an authority, gives both hosts their identity, and starts their agents.
+    pub(super) fn start(stage: &Stage) -> Result<Hosts> {
+        let host = |place| -> Result<Host> {
+            let directory = stage.lab.directory_of(place)?;
+            Ok(Host { place, directory, agent: None })
+        };
+        let (program, options) = (stage.godwit.to_owned(), stage.migrate.to_owned());
+        let mut hosts = Hosts { program, a: host(Place::A)?, b: host(Place::B)?, options };
+        let authority = stage.lab.directory().join("ca");
+        hosts.say(&["ca".as_ref(), "init".as_ref(), authority.as_ref()])?;
+        for host in [&hosts.a, &hosts.b] {
+            hosts.join(&authority, host)?;
+        }
+        for host in [&mut hosts.a, &mut hosts.b] {
+            let other = if host.place == Place::A { Place::B } else { Place::A };
+            let config = host.directory.join("agent.toml");
+            std::fs::write(&config, agent_config(host, other, &stage.image.kernel))?;
+            host.start_agent(stage.lab, stage.godwit)?;
+        }
+        hosts.await_agent(&hosts.a)?;
+        hosts.await_agent(&hosts.b)?;
+        Ok(hosts)
+    }
+
+    fn join(&self, authority: &Path, host: &Host) -> Result<()> {
+        let (bundle, identity) = (host.directory.join("bundle"), host.directory.join("identity"));
+        let name = host.place.name().as_ref();
+        self.say(&["ca".as_ref(), "issue".as_ref(), authority, name, "--out".as_ref(), &bundle])?;
+        self.say(&["join".as_ref(), "--bundle".as_ref(), &bundle, "--identity".as_ref(), &identity])?;
+        Ok(())
+    }
+
+    /// Waits until a host's agent answers.
+    pub(super) fn await_agent(&self, host: &Host) -> Result<()> {
+        let started = Instant::now();
+        loop {
+            match self.ask(host, &["vm", "ls"]) {
+                Ok(_) => return Ok(()),
+                Err(error) if started.elapsed() >= START_LIMIT => {
+                    let log = std::fs::read_to_string(host.directory.join("agent.log")).unwrap_or_default();
+                    return Err(error.context(format!("the agent has not started:\n{log}")));
+                }
+                Err(_) => std::thread::sleep(LOOK_EVERY),
+            }
+        }
+    }
+
+    /// Boots the machine at host a.
+    pub(super) fn boot(&self, image: &GuestImage, command_line: &str) -> Result<()> {
+        let file = self.a.directory.join("web1.toml");
+        let (kernel, initrd) = (image.kernel.display(), image.initrd.display());
+        let spec = format!(
+            "name = \"{MACHINE}\"\nmachine = \"pc\"\naccel = \"tcg\"\nmemory = \"{GUEST_MEMORY_MB}M\"\n\n\
+             [boot]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\nappend = \"{command_line}\"\n\n\
+             [[net]]\nbridge = \"{GUEST_BRIDGE}\"\n"
+        );
+        std::fs::write(&file, spec)?;
+        self.ask(&self.a, &["vm", "run", &file.to_string_lossy()]).map(|_| ())
+    }
+
+    /// Runs a verb of a host's agent and returns what it answers.
+    pub(super) fn ask(&self, host: &Host, arguments: &[&str]) -> Result<Value> {
+        let output =
+            self.command(host).arg("--json").args(arguments).output().context("cannot run godwit")?;
+        if !output.status.success() {
+            let said = [output.stdout, output.stderr].concat();
+            bail!("godwit {} failed: {}", arguments.join(" "), String::from_utf8_lossy(&said).trim());
+        }
+        Ok(serde_json::from_slice(&output.stdout).unwrap_or_default())
+    }
+
+    /// A command for a host's agent.
+    pub(super) fn command(&self, host: &Host) -> Command {
+        let mut command = Command::new(&self.program);
+        command.arg("--socket").arg(host.directory.join("agent.sock")).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a verb that needs no agent.
+    fn say(&self, arguments: &[&Path]) -> Result<()> {
+        let output = Command::new(&self.program).args(arguments).output().context("cannot run godwit")?;
+        if !output.status.success() {
+            bail!("godwit {arguments:?} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Hosts {
+    /// Ends the machine, which would outlive its agent and answer in the next contender's stead.
+    fn drop(&mut self) {
+        for host in [&self.a, &self.b] {
+            // At one of the hosts there is none.
+            let _ = self.ask(host, &["vm", "kill", MACHINE]);
+        }
+    }
+}
+
+/// A host's `agent.toml`: it trusts the other host, with the guests' bridge and image.
+fn agent_config(host: &Host, other: Place, kernel: &Path) -> String {
+    let (name, address) = (host.place.name(), host.place.address());
+    let (directory, images) = (host.directory.display(), images(kernel).display());
+    let (peer, peer_address) = (other.name(), other.address());
+    format!(
+        "name = \"{name}\"\nstate_dir = \"{directory}/state\"\nsocket = \"{directory}/agent.sock\"\n\
+         listen = \"{address}:{AGENT_PORT}\"\nidentity_dir = \"{directory}/identity\"\n\n\
+         [accept]\npaths = {{ \"{images}\" = \"{images}\" }}\n\
+         bridges = {{ \"{GUEST_BRIDGE}\" = \"{GUEST_BRIDGE}\" }}\n\n\
+         [peers.{peer}]\naddress = \"{peer_address}:{AGENT_PORT}\"\nmay_send = true\nmay_receive = true\n"
+    )
+}
+
+/// The directory that holds the guests' kernel and their initial RAM disks.
+fn images(kernel: &Path) -> &Path {
+    kernel.ancestors().nth(3).unwrap_or(kernel)
+}
