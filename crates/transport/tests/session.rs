@@ -178,6 +178,20 @@ async fn another_host_of_the_same_authority_is_refused() {
     assert_eq!(target.await.unwrap().unwrap().recv(Lane::Urgent).await.unwrap().unwrap().kind, 3);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn silent_connections_keep_nobody_out() {
+    let installation = Installation::new();
+    let (address, streams) = listen().await;
+    let target = tokio::spawn(Session::accept(accept_config(installation.host("hostb")), streams));
+    let mut silent = Vec::new();
+    for _ in 0..100 {
+        silent.push(TcpStream::connect(address).await.unwrap());
+    }
+    let source = Session::connect(connect_config(address, installation.host("hosta"), 8)).await.unwrap();
+    source.send(Lane::Urgent, 3, Bytes::new()).await.unwrap();
+    assert_eq!(target.await.unwrap().unwrap().recv(Lane::Urgent).await.unwrap().unwrap().kind, 3);
+}
+
 /// A hello as a peer of another release would say it.
 fn foreign_hello(versions: Versions, verdict: Verdict) -> Hello {
     Hello {

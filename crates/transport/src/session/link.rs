@@ -1,6 +1,11 @@
 //! Makes the connections of a session: TCP, TLS, and the hello each way.
 
-use std::{collections::BTreeMap, io, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    io,
+    sync::Arc,
+    time::Duration,
+};
 
 use rustls::ServerConfig;
 use rustls_pki_types::ServerName;
@@ -9,7 +14,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     sync::mpsc,
-    task::JoinSet,
+    task::{AbortHandle, JoinSet},
     time::{Instant, sleep, timeout, timeout_at},
 };
 use tokio_rustls::{TlsAcceptor, TlsConnector, TlsStream};
@@ -29,8 +34,9 @@ use crate::{
 /// The kernel takes more from us only while less than this waits to be sent for the first time: what is urgent or
 /// newer should not queue behind megabytes in a socket.
 const NOT_SENT_LOW_WATER_BYTES: u32 = 128 * 1024;
-/// Handshakes under way at a target; further connections wait in their channel.
-const MAX_HANDSHAKES: usize = 16;
+/// Handshakes under way at a target. A further connection takes the place of the oldest: silent ones must not keep out a
+/// source that dials anew, and its own take a few round trips only.
+const MAX_HANDSHAKES: usize = 32;
 /// The first pause between two attempts to reconnect, doubled until [`MAX_REDIAL_PAUSE`].
 const MIN_REDIAL_PAUSE: Duration = Duration::from_millis(50);
 /// The longest.
@@ -231,6 +237,8 @@ pub(super) struct Door {
     tls_config: Arc<ServerConfig>,
     incoming: mpsc::Receiver<TcpStream>,
     handshakes: JoinSet<Result<Offer, LinkError>>,
+    /// The same, oldest first.
+    oldest: VecDeque<AbortHandle>,
     session: Option<SessionId>,
     attempt: u32,
 }
@@ -254,6 +262,7 @@ impl Door {
             tls_config,
             incoming,
             handshakes: JoinSet::new(),
+            oldest: VecDeque::new(),
             session: None,
             attempt: 0,
         })
@@ -362,23 +371,34 @@ impl Door {
     async fn next_offer(&mut self) -> Option<Offer> {
         let mut listening = true;
         loop {
-            let room = self.handshakes.len() < MAX_HANDSHAKES;
             tokio::select! {
-                incoming = self.incoming.recv(), if listening && room => match incoming {
-                    Some(stream) => {
-                        let acceptor = TlsAcceptor::from(self.tls_config.clone());
-                        self.handshakes.spawn(shake_hands(self.config.clone(), acceptor, stream));
-                    }
+                incoming = self.incoming.recv(), if listening => match incoming {
+                    Some(stream) => self.begin_handshake(stream),
                     None => listening = false,
                 },
                 Some(shaken) = self.handshakes.join_next() => match shaken {
                     Ok(Ok(offer)) => return Some(offer),
                     Ok(Err(error)) => tracing::warn!(peer = %self.config.peer, %error, "connection refused"),
+                    Err(error) if error.is_cancelled() => {
+                        tracing::warn!(peer = %self.config.peer, "the oldest handshake gave way to a newer one");
+                    }
                     Err(error) => tracing::error!(%error, "a handshake was stopped"),
                 },
                 else => return None,
             }
         }
+    }
+
+    fn begin_handshake(&mut self, stream: TcpStream) {
+        self.oldest.retain(|handshake| !handshake.is_finished());
+        if self.oldest.len() >= MAX_HANDSHAKES
+            && let Some(oldest) = self.oldest.pop_front()
+        {
+            oldest.abort();
+        }
+        let acceptor = TlsAcceptor::from(self.tls_config.clone());
+        let handshake = shake_hands(self.config.clone(), acceptor, stream);
+        self.oldest.push_back(self.handshakes.spawn(handshake));
     }
 }
 
