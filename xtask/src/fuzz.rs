@@ -26,6 +26,8 @@ const LEDGER: &str = "docs/fuzz-ledger.toml";
 const INPUT_BYTES_MAX: u32 = 16 * 1024;
 /// Longest input of the committed corpus.
 const KEPT_BYTES_MAX: u32 = 6 * 1024;
+/// How a target ends that was told to by SIGINT; what it has executed counts.
+const INTERRUPTED: i32 = 72;
 /// Executions of each target in `cargo xtask test --long`.
 pub(crate) const LONG_EXECUTIONS: u64 = 1_000_000;
 
@@ -48,10 +50,11 @@ pub(crate) struct Request {
 /// When a target doesn't build, or something was found: the error names the input.
 pub(crate) fn run(request: &Request) -> Result<()> {
     let targets = targets(request.target.as_deref())?;
+    let commit = said("git", &["rev-parse", "--short=10", "HEAD"])?;
     build()?;
     for target in &targets {
         let run = fuzz(target, request.executions)?;
-        record(target, &run)?;
+        record(target, &commit, &run)?;
         ensure!(run.finding.is_none(), "{target}: {}", run.finding.unwrap_or_default());
         if request.minimise {
             minimise(target)?;
@@ -163,20 +166,20 @@ fn fuzz(target: &str, executions: u64) -> Result<Run> {
     let executions = counted.and_then(|count| count.trim().parse().ok()).unwrap_or(0);
     let input =
         said.lines().find_map(|line| line.split_once("Test unit written to ")).map(|(_, input)| input);
-    let finding =
-        (!output.status.success()).then(|| input.unwrap_or("it failed without an input").to_owned());
+    let failed = !output.status.success() && output.status.code() != Some(INTERRUPTED);
+    let finding = failed.then(|| input.unwrap_or("it failed without an input").to_owned());
     if finding.is_some() {
         eprintln!("{said}");
     }
     Ok(Run { executions, seconds: start.elapsed().as_secs(), finding })
 }
 
-fn record(target: &str, run: &Run) -> Result<()> {
-    let said = |program: &str, arguments: &[&str]| -> Result<String> {
-        let output = Command::new(program).args(arguments).current_dir(workspace()).output()?;
-        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
-    };
-    let commit = said("git", &["rev-parse", "--short=10", "HEAD"])?;
+fn said(program: &str, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program).args(arguments).current_dir(workspace()).output()?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+fn record(target: &str, commit: &str, run: &Run) -> Result<()> {
     let date = said("date", &["--utc", "+%F"])?;
     let Run { executions, seconds, finding } = run;
     let findings = u32::from(finding.is_some());
