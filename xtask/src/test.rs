@@ -14,6 +14,8 @@ use crate::{fuzz, setup, tidy};
 
 /// The crate whose integration tests each need the machine for themselves.
 const END_TO_END: &str = "godwit";
+/// Rounds of chaos that go with every check.
+const CHAOS_ROUNDS: u64 = 10;
 
 /// Runs every check and every test, all of them even after a failure; the last line says how many passed and failed.
 /// With `long`, tests that are ignored for their length run as well, and the fuzz targets.
@@ -31,6 +33,11 @@ pub(crate) fn run(long: bool) -> Result<()> {
     if long {
         println!("\n== fuzz targets");
         count += check("fuzz", fuzz::check(fuzz::LONG_EXECUTIONS));
+    }
+    println!("\n== chaos");
+    count += check("chaos", chaos::run(&chaos::Request::rounds(CHAOS_ROUNDS)));
+    for sabotage in Sabotage::ALL.into_iter().filter(|_| long) {
+        count += check(sabotage.name(), chaos::run(&chaos::Request::sabotaged(sabotage)));
     }
     println!("\n{} passed, {} failed", count.passed, count.failed);
     if count.failed > 0 {

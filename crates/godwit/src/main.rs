@@ -11,6 +11,8 @@ mod http;
 mod job;
 mod output;
 mod quantity;
+#[cfg(feature = "sabotage")]
+mod sabotage;
 mod token;
 mod worker;
 

@@ -45,6 +45,12 @@ pub(crate) fn raise_network(address: Ipv4Addr) -> bool {
         && run("/bin/ip", &["link", "set", "eth0", "up"])
 }
 
+/// Lowers `eth0` again. Without that a shutdown can hang: this kernel's virtio-net spins for ever when it is to send through
+/// a device that was shut down.
+pub(crate) fn lower_network() {
+    run("/bin/ip", &["link", "set", "eth0", "down"]);
+}
+
 fn run(program: &str, arguments: &[&str]) -> bool {
     let ended = Command::new(program).args(arguments).status();
     let succeeded = ended.as_ref().is_ok_and(|status| status.success());

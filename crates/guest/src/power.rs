@@ -11,11 +11,13 @@ pub(crate) fn boot() -> u64 {
 
 /// Powers the guest off.
 pub(crate) fn off() -> String {
+    crate::boot::lower_network();
     refused(reboot(RebootMode::RB_POWER_OFF))
 }
 
 /// Starts the guest anew at once.
 pub(crate) fn reset() -> String {
+    crate::boot::lower_network();
     refused(reboot(RebootMode::RB_AUTOBOOT))
 }
 

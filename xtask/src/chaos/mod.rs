@@ -24,11 +24,7 @@ mod strike;
 mod verdict;
 mod watch;
 
-use std::{
-    path::{Path, PathBuf},
-    process::Command,
-    time::Instant,
-};
+use std::{path::PathBuf, process::Command, time::Instant};
 
 use anyhow::{Context, Result, bail};
 use godwit_sim::guest_image::{directory, workspace};
@@ -68,6 +64,27 @@ pub(crate) struct Request {
     /// Build a program that does something wrong, and fail unless chaos finds out.
     #[arg(long, value_enum, conflicts_with_all = ["only", "binary", "json", "markdown"])]
     pub(crate) sabotage: Option<Sabotage>,
+}
+
+impl Request {
+    /// So many rounds of the first seed.
+    pub(crate) fn rounds(rounds: u64) -> Request {
+        Request {
+            rounds,
+            seed: 1,
+            from: 0,
+            json: None,
+            markdown: None,
+            only: None,
+            binary: None,
+            sabotage: None,
+        }
+    }
+
+    /// As many rounds as it takes to find a mistake.
+    pub(crate) fn sabotaged(sabotage: Sabotage) -> Request {
+        Request { sabotage: Some(sabotage), ..Request::rounds(0) }
+    }
 }
 
 /// Runs the rounds.
@@ -188,10 +205,4 @@ fn commit() -> String {
     let output = Command::new("git").current_dir(workspace()).args(["rev-parse", "--short", "HEAD"]).output();
     let output = output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
     output.unwrap_or_else(|_| "unknown".to_owned())
-}
-
-/// Where a build that does something wrong is kept, apart from the others.
-fn sabotage_directory() -> PathBuf {
-    let target: &Path = &directory();
-    target.with_file_name("sabotage")
 }

@@ -7,7 +7,6 @@ use super::{
     build, carry_out,
     fault::Fault,
     plan::{Moment, Plan, Sign},
-    sabotage_directory,
     stage::Stage,
 };
 use crate::chaos::fault::Side;
@@ -60,8 +59,7 @@ impl Sabotage {
 /// # Errors
 /// When none does.
 pub(super) fn run(sabotage: Sabotage, seed: u64) -> Result<()> {
-    let target = sabotage_directory();
-    let program = build(&["--features", "sabotage", "--target-dir", &target.to_string_lossy()])?;
+    let program = build(&["--features", "sabotage"])?;
     let mut stage = Stage::new(&program, Some(sabotage.name()))?;
     let (fault, moment) = sabotage.revealed_by();
     for number in 0..ROUNDS_MAX {

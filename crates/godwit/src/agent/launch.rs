@@ -112,6 +112,8 @@ async fn launch(
     let emulator = agent.emulator.clone();
     let launch = Launch { emulator, accel, directory: directory.files().clone(), taps, incoming };
     let arguments = build(spec, &launch)?;
+    #[cfg(feature = "sabotage")]
+    let arguments = crate::sabotage::without_dash_s(arguments);
     directory.clear_running();
     let output = run(arguments).await?;
     // What QEMU says before it has opened its log is on standard error, the rest in the log.

@@ -235,6 +235,11 @@ pub(super) fn send_all(
     let mut batches = 0;
     while let Some(batch) = next_batch(stage)? {
         encoder.set_level(outbox.account.level.load(Ordering::Acquire));
+        #[cfg(feature = "sabotage")]
+        let batch = {
+            let (blocks, contents) = crate::sabotage::all_but_one(batch.blocks, batch.contents);
+            Batch { blocks, contents, ..batch }
+        };
         outbox.put_draft(encoder.draft(&batch.blocks, batch.contents), batch.taken)?;
         batches += 1;
     }

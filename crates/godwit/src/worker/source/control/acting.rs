@@ -39,6 +39,8 @@ impl Control<'_> {
             Action::Persist { record, sync } => self.persist(&record, sync)?,
             Action::Send(message) => self.send(message).await?,
             Action::OpenGate => self.open_gate().await?,
+            #[cfg(feature = "sabotage")]
+            Action::AnswerShut if crate::sabotage::leaves_shut_unanswered() => {}
             Action::AnswerShut => self.answer(&return_path::Message::Shut(0))?,
             Action::SendToken { epoch, run_state, leave_paused } => {
                 self.send_token(epoch, run_state, leave_paused).await?;
@@ -54,6 +56,10 @@ impl Control<'_> {
     }
 
     fn persist(&self, record: &handover::Record, sync: Sync) -> Result<(), WorkerError> {
+        #[cfg(feature = "sabotage")]
+        if crate::sabotage::forgets(record) {
+            return Ok(());
+        }
         match sync {
             Sync::Before => self.store.save(record, Durability::Synced)?,
             Sync::Behind => {
