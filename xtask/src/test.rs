@@ -10,7 +10,10 @@ use anyhow::{Context, Result, bail};
 use cargo_metadata::{MetadataCommand, TargetKind};
 use godwit_sim::guest_image::workspace;
 
-use crate::{fuzz, setup, tidy};
+use crate::{
+    chaos::{self, Sabotage},
+    fuzz, setup, tidy,
+};
 
 /// The crate whose integration tests each need the machine for themselves.
 const END_TO_END: &str = "godwit";
