@@ -148,16 +148,20 @@ impl Encoder {
         let digests = digest::digests(content);
         self.link.push(version.id, &digests);
         let mut keys = self.keys(&digests);
-        if self.held.take(version.id, content) {
+        let held = self.held.take(version.id, content);
+        if held == [true; SUB_BLOCKS] {
             self.bases.keep(version, content, &keys);
             outline.references.push(Reference { id: version.id, sub_block: 0 });
             return BlockOutline::reference(version.id);
         }
-        let seen = self.bases.find(content, &keys);
+        let mut seen = self.bases.find(content, &keys);
         if let Some(id) = seen.whole.filter(|_| self.techniques.reference) {
             self.keep_repeated(version, content);
             outline.references.push(Reference { id, sub_block: 0 });
             return BlockOutline::reference(version.id);
+        }
+        for (sub_block, _) in (0..).zip(held).filter(|(_, held)| *held) {
+            seen.sub_blocks[usize::from(sub_block)] = Some(Reference { id: version.id, sub_block });
         }
         let block = self.outline_sub_blocks(version, content, &seen, outline);
         keys.iter_mut()

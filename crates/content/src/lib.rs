@@ -60,7 +60,7 @@ pub use digest::Chain;
 pub use draft::{Batch, Draft};
 pub use encoder::{Encoder, EncoderLimits, Techniques};
 pub use governor::{Interval, LevelGovernor};
-pub use held::Held;
+pub use held::{Held, HeldDigests};
 pub use memory::{Memory, MemoryError, VecMemory};
 pub use tally::Tally;
 

@@ -108,7 +108,7 @@ impl Pair {
         let noise: Vec<Block> = odd.iter().map(|id| noise(id.0)).collect();
         target.write(&odd, noise.as_flattened()).unwrap();
         if setting.held {
-            let digest = |id| Held::digest(target.block(BlockId(id)).try_into().unwrap());
+            let digest = |id| Held::digests(target.block(BlockId(id)).try_into().unwrap());
             encoder.assume_held(Held::new((0..BLOCKS as u64).map(digest).collect()));
         }
         Self {
@@ -279,15 +279,19 @@ fn default_pair() -> Pair {
 #[test]
 fn what_the_target_holds_is_named_and_not_sent_until_it_changes() {
     let mut pair = default_pair();
-    let held = |id: u64| if id % 2 == 1 { Held::digest(&noise(id)) } else { 0 };
+    let held = |id: u64| if id % 2 == 1 { Held::digests(&noise(id)) } else { HeldDigests::default() };
     pair.encoder.assume_held(Held::new((0..BLOCKS as u64).map(held).collect()));
     let changes = [sent(3, Change::Noise(3)), sent(5, Change::Noise(6)), sent(7, Change::Noise(7))];
     let batch = pair.encode(&changes);
     assert_eq!((batch.tally.reference_blocks, batch.tally.literal_blocks), (2, 1));
     pair.decode(&batch.bytes).unwrap();
+    pair.source[9] = noise(9);
+    let batch = pair.encode(&[sent(9, Change::Write { offset: 5, bytes: vec![1; 9] })]);
+    assert_eq!((batch.tally.partial_reference_blocks, batch.tally.literal_bytes), (1, 1024));
+    pair.decode(&batch.bytes).unwrap();
     let batch = pair.encode(&[sent(3, Change::Fill(1)), sent(3, Change::Noise(3)), sent(7, Change::Zero)]);
     pair.decode(&batch.bytes).unwrap();
-    for block in [3, 5, 7] {
+    for block in [3, 5, 7, 9] {
         assert!(pair.target.memory.block(BlockId(block)) == pair.source[block as usize]);
     }
 }
@@ -296,7 +300,7 @@ fn what_the_target_holds_is_named_and_not_sent_until_it_changes() {
 fn what_the_target_only_seems_to_hold_is_found_out() {
     let mut pair = default_pair();
     pair.source[2] = noise(2);
-    pair.encoder.assume_held(Held::new(vec![Held::digest(&noise(2)); BLOCKS]));
+    pair.encoder.assume_held(Held::new(vec![Held::digests(&noise(2)); BLOCKS]));
     let batch = pair.encode(&[sent(2, Change::Nothing)]);
     assert!(matches!(pair.decode(&batch.bytes), Err(DecodeError::DigestDiffers { .. })));
 }

@@ -49,6 +49,8 @@ pub(crate) struct Job {
     pub identity_dir: PathBuf,
     /// File in which the source keeps what pauses towards this peer taught (source only).
     pub learned: Option<PathBuf>,
+    /// Where memory is kept of a migration that broke (target only).
+    pub partial: Option<Partial>,
     /// The epoch that this migration tries to hand over.
     pub epoch: u64,
     /// What the operator chose.
@@ -93,6 +95,15 @@ impl Job {
     }
 }
 
+/// A place for the memory of a migration that broke.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct Partial {
+    /// The file.
+    pub file: PathBuf,
+    /// No larger memory is kept.
+    pub limit_bytes: u64,
+}
+
 /// Which end of a migration.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -130,6 +141,8 @@ pub(crate) struct Options {
     pub inline: bool,
     /// Longest outage of the link that the migration survives, 1,000 to 3,600,000.
     pub reconnect_timeout_ms: u64,
+    /// If the link is lost for good, the target keeps what it has for the next try.
+    pub keep_partial: bool,
 }
 
 impl Options {
@@ -153,6 +166,7 @@ impl Default for Options {
             early_announce: false,
             inline: false,
             reconnect_timeout_ms: 60_000,
+            keep_partial: false,
         }
     }
 }

@@ -10,6 +10,7 @@
 //! source                                   target
 //!   HELLO      ───────────────────────────►          versions, the machine, its RAM blocks
 //!              ◄───────────────────────────  WELCOME  or REFUSE, with the reason
+//!              ◄───────────────────────────  HELD …   what it kept of an earlier migration, if it did
 //!   HANDOVER   ◄──────────────────────────►          see `handover`
 //!   BATCH …    ───────────────────────────►          memory, bulk lanes
 //!   STREAM …   ───────────────────────────►          what of QEMU's stream isn't memory, up to the stop
@@ -47,6 +48,10 @@ pub const STREAM: u8 = 17;
 pub const DEVICE_STATE: u8 = 18;
 /// Kind of a frame with the digests of the source's memory, read again while it is paused.
 pub const VERIFY: u8 = 19;
+
+/// Kind of a frame with sealed 64-bit digests of what the target holds of an earlier migration: four a page, in order,
+/// eight bytes each, little-endian, whole pages in each frame; from the target, right after its welcome.
+pub const HELD: u8 = 20;
 
 /// Longest body of a control message.
 pub const CONTROL_BYTES_MAX: usize = 1 << 20;
@@ -121,6 +126,9 @@ pub struct Welcome {
     pub version: u16,
     /// QEMU's version at the target.
     pub qemu_version: String,
+    /// Of how many pages digests follow in [`HELD`] frames; 0 if the target holds nothing.
+    #[serde(default)]
+    pub held_pages: u64,
 }
 
 /// Why a migration can't be.
@@ -336,7 +344,7 @@ mod tests {
         let epoch = Epoch(7);
         for message in [
             Message::Hello(Box::new(hello())),
-            Message::Welcome(Welcome { version: 1, qemu_version: "10.0.2".into() }),
+            Message::Welcome(Welcome { version: 1, qemu_version: "10.0.2".into(), held_pages: 3 }),
             Message::Refuse(Refuse { reason: "no".into() }),
             Message::Handover(handover::Message::Cancel { epoch, reason: "operator".into() }),
             Message::Handover(handover::Message::Taken { epoch, resumed_unix_us: Some(5) }),

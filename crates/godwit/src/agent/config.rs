@@ -44,6 +44,9 @@ pub(crate) struct Config {
     /// Memory that incoming machines must leave free.
     #[serde(default = "default_memory_reserve")]
     pub memory_reserve: ByteSize,
+    /// The largest memory of which `--keep-partial` keeps a copy in the state directory; 0 keeps none.
+    #[serde(default = "default_partial_limit")]
+    pub partial_limit: ByteSize,
     /// What a peer's machine may name on this host, and what that is here.
     #[serde(default)]
     pub accept: Policy,
@@ -153,6 +156,10 @@ fn default_identity_dir() -> PathBuf {
 
 fn default_emulator() -> PathBuf {
     PathBuf::from("qemu-system-x86_64")
+}
+
+fn default_partial_limit() -> ByteSize {
+    ByteSize::from_bytes(16 << 30)
 }
 
 fn default_memory_reserve() -> ByteSize {

@@ -41,7 +41,7 @@ use super::{
 };
 use crate::{
     api::{HandoverAnswer, HandoverRequest, IncomingReady, IncomingRequest, Orders, Withdrawn},
-    job::{Command, Job, Role},
+    job::{Command, Job, Partial, Role},
 };
 
 /// What QEMU and a worker need beside the guest's memory.
@@ -220,6 +220,7 @@ impl Agent {
     }
 
     fn job(&self, peer: &HostName, request: &IncomingRequest, spec: Spec, directory: &MachineDir) -> Job {
+        let machine = spec.name.clone();
         Job {
             id: request.id.clone(),
             role: Role::Target,
@@ -232,6 +233,10 @@ impl Agent {
             peer_address: None,
             identity_dir: self.config.identity_dir.clone(),
             learned: None,
+            partial: Some(Partial {
+                file: self.state.partial(&machine),
+                limit_bytes: self.config.partial_limit.bytes(),
+            }),
             epoch: request.epoch,
             options: request.options.clone(),
         }

@@ -127,6 +127,7 @@ impl Agent {
         for id in self.state.migrations().unwrap_or_default() {
             let directory = self.state.migration(&id);
             if directory.join(job::REPORT_FILE).exists() {
+                tokio::spawn(async move { workers::clear(&directory).await });
                 continue;
             }
             let resumed = state::read_json::<Job>(&directory.join(job::JOB_FILE))
@@ -220,6 +221,7 @@ impl Agent {
             agent.migrations.lock().remove(&job.id);
             drop(claim);
             news.send_modify(|news| news.report = Some(report));
+            workers::clear(&agent.state.migration(&job.id)).await;
             agent.forget_the_oldest();
         };
         tokio::spawn(follow.instrument(span));

@@ -52,6 +52,7 @@ impl Agent {
             peer: request.to.clone(),
             peer_address: Some(peer.address),
             identity_dir: self.config.identity_dir.clone(),
+            partial: None,
             learned: Some(self.state.learned(&request.to)),
             epoch: epoch.0,
             options: request.options,

@@ -8,6 +8,7 @@
 //!                            /token.json token-written.json  who may run it (see `crate::token`)
 //!                            /qemu.pid qmp.sock qmp-migration.sock console.sock qemu.log
 //!            /migrations/<id>/…           see `crate::job`
+//!            /partial/<name>.memory       what arrived of a migration that broke (`--keep-partial`)
 //!            /learned/<peer>.json         what pauses towards a peer taught
 //! ```
 //!
@@ -99,6 +100,12 @@ impl StateDir {
     #[must_use]
     pub(crate) fn learned(&self, peer: &str) -> PathBuf {
         self.root.join("learned").join(format!("{peer}.json"))
+    }
+
+    /// The file for the memory of a machine that didn't arrive completely.
+    #[must_use]
+    pub(crate) fn partial(&self, machine: &str) -> PathBuf {
+        self.root.join("partial").join(format!("{machine}.memory"))
     }
 
     /// A machine's place, whether there is one or not.

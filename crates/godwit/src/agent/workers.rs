@@ -8,26 +8,34 @@ use std::{
     path::Path,
     process::{Command, Stdio},
     thread,
+    time::Duration,
 };
 
 use nix::sys::socket::{
     AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, UnixAddr, connect, sendmsg, socket,
 };
 
+use tokio::time::{Instant, sleep};
+
 use super::{
     error::AgentError,
     process::{self, Privilege, Process},
     state,
 };
-use crate::job::ACCEPT_SOCKET;
+use crate::job::{ACCEPT_SOCKET, WORKER_SOCKET};
 
 /// The program that this process runs, even if its file was replaced by a newer version since: a worker is of its
 /// agent's version.
 const OWN_IMAGE: &str = "/proc/self/exe";
+/// How long a worker that has written its report may take to end.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
+const LOOK_EVERY: Duration = Duration::from_millis(10);
 /// What the worker prints.
 const LOG_FILE: &str = "worker.log";
 /// How much of its end is looked at.
 const LAST_WORDS_BYTES_MAX: u64 = 1024;
+/// The directory of its control group.
+const GROUP_FILE: &str = "worker.group";
 /// Which process it is.
 const PROCESS_FILE: &str = "worker.json";
 
@@ -45,18 +53,31 @@ pub(super) fn spawn(directory: &Path, id: &str) -> Result<(), AgentError> {
         .stdout(log.try_clone().map_err(failed)?)
         .stderr(log);
     let mut child = process::spawn(command, Privilege::Trace).map_err(failed)?;
-    let group = process::own_control_group(child.id(), id);
+    if let Some(group) = process::own_control_group(child.id(), id) {
+        let _ = fs::write(directory.join(GROUP_FILE), group.as_os_str().as_encoded_bytes());
+    }
     if let Some(process) = Process::of(child.id().cast_signed()) {
         state::write_json(&directory.join(PROCESS_FILE), &process)?;
     }
-    let reap = move || {
-        let _ = child.wait();
-        if let Some(group) = group {
-            let _ = fs::remove_dir(group);
-        }
-    };
-    thread::Builder::new().name("reap".into()).spawn(reap).map_err(failed)?;
+    thread::Builder::new().name("reap".into()).spawn(move || child.wait()).map_err(failed)?;
     Ok(())
+}
+
+/// Removes what a worker that has ended leaves besides its account: its sockets and its control group. The agent that
+/// started it may not live any more.
+pub(super) async fn clear(directory: &Path) {
+    let give_up_at = Instant::now() + END_TIMEOUT;
+    while is_alive(directory) && Instant::now() < give_up_at {
+        sleep(LOOK_EVERY).await;
+    }
+    for socket in [WORKER_SOCKET, ACCEPT_SOCKET] {
+        let _ = fs::remove_file(directory.join(socket));
+    }
+    let note = directory.join(GROUP_FILE);
+    if let Ok(group) = fs::read_to_string(&note) {
+        let _ = fs::remove_dir(group);
+        let _ = fs::remove_file(note);
+    }
 }
 
 /// Whether the worker of the job in `directory` lives.

@@ -299,6 +299,9 @@ pub(super) struct Migrate {
     /// Longest outage of the link that the migration survives, 1s to 3600s
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_reconnect_timeout)]
     reconnect_timeout: Duration,
+    /// If the link is lost for good, let the target keep what it has, so that the next try sends only what changed
+    #[arg(long)]
+    keep_partial: bool,
     /// Don't watch: print the id and return
     #[arg(long)]
     pub(super) detach: bool,
@@ -317,6 +320,7 @@ impl Migrate {
             connections: self.connections,
             early_announce: self.early_announce,
             inline: self.inline,
+            keep_partial: self.keep_partial,
             reconnect_timeout_ms: u64::try_from(self.reconnect_timeout.as_millis()).unwrap_or(u64::MAX),
         }
     }

@@ -142,6 +142,32 @@ fn a_link_that_stays_away_leaves_the_machine_where_it_was() {
 }
 
 #[test]
+fn what_arrived_before_a_lost_link_is_not_sent_again() {
+    let hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan::LIGHT);
+    let keeping = [&SLOWLY[..], &["--reconnect-timeout", "2s", "--keep-partial"]].concat();
+    let migration = Migration::begin(&hosts.a, &hosts.b, &keeping);
+    migration.reaches("pre_copy");
+    thread::sleep(Duration::from_secs(7));
+    hosts.lab.cut();
+    let (code, first) = migration.ends();
+    assert_eq!(code, 1, "{first}");
+    hosts.lab.restore();
+    let kept = hosts.b.path("state/partial").join(format!("{MACHINE}.memory"));
+    eventually("the target keeps what it has", || kept.exists());
+    eventually("the target has forgotten the machine", || hosts.b.godwit(&["vm", "show", MACHINE]).code == 4);
+    let again = Migration::begin(&hosts.a, &hosts.b, &["--verify", "full"]);
+    let (code, second) = again.ends();
+    assert_eq!(code, 0, "{second}");
+    assert!(again.events().contains("b kept what arrived"), "{}", again.events());
+    let bytes = |report: &Value| report["wire_bytes"].as_u64().unwrap();
+    assert!(bytes(&second) < bytes(&first), "{} bytes after {}", bytes(&second), bytes(&first));
+    assert!(!kept.exists());
+    hosts.only_at(&hosts.b);
+    guest.goes_on();
+}
+
+#[test]
 fn a_host_that_never_comes_back_is_declared_lost_and_stands_down_when_it_does() {
     let mut hosts = Hosts::new();
     let guest = Guest::boot(&hosts, Plan::LIGHT);

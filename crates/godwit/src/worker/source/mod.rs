@@ -26,10 +26,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use godwit_content::{Encoder, EncoderLimits, LevelGovernor};
+use godwit_content::{Encoder, EncoderLimits, Held, LevelGovernor, open_bytes};
 use godwit_migration::{
     handover::{Epoch, RunState, Source, SourceSettings},
-    wire::{self, Hello, Message, RamBlock, TransferOptions},
+    wire::{self, Hello, Message, RamBlock, TransferOptions, Welcome},
 };
 use godwit_qemu::{memory::ProcessMemory, qmp};
 use godwit_transport::{
@@ -47,7 +47,10 @@ use self::{
     sender::{Account, Link, LinkClosed, Outbox, StreamCourier},
     stage::SharedStage,
 };
-use super::{MONITOR_TIMEOUT, WorkerError, account::ReportDraft, journal::Journal, memory_map::MemoryMap};
+use super::{
+    MONITOR_TIMEOUT, STREAM_PIECE_BYTES_MAX, WorkerError, account::ReportDraft, journal::Journal,
+    memory_map::MemoryMap,
+};
 use crate::{
     job::{Command, Happening, Job, Phase, Report, Verify},
     token::Store,
@@ -85,14 +88,21 @@ async fn migrate(
         return Err(WorkerError::CannotVerify);
     }
     let session = connect(job).await?;
-    greet(&session, &hello(job, &guest, &map).await?).await?;
+    let welcome = greet(&session, &hello(job, &guest, &map).await?).await?;
+    let held = receive_held(&session, welcome.held_pages, map.page_count()).await?;
+    if welcome.held_pages > 0 {
+        journal.warn(format!(
+            "{} kept what arrived of an earlier migration; only what changed is sent",
+            job.peer
+        ));
+    }
 
     let store = Store::open(&job.machine_dir);
     let settings =
         SourceSettings { leave_paused: job.options.leave_paused, ..SourceSettings::new(&job.peer) };
     let handover = Source::new(Epoch(job.epoch), settings);
 
-    let threads = start_threads(job, &guest, &map, memory, &session).await;
+    let threads = start_threads(job, &guest, &map, (memory, held), &session).await;
     let threads = match threads {
         Ok(threads) => threads,
         Err(error) => {
@@ -161,16 +171,39 @@ async fn hello(job: &Job, guest: &Guest, map: &MemoryMap) -> Result<Message, Wor
 }
 
 /// Says hello; returns when the target has said welcome.
-async fn greet(session: &Session, hello: &Message) -> Result<(), WorkerError> {
+async fn greet(session: &Session, hello: &Message) -> Result<Welcome, WorkerError> {
     let (kind, body) = wire::encode(hello)?;
     session.send(Lane::Urgent, kind, body).await?;
     let answer = tokio::time::timeout(WELCOME_TIMEOUT, session.recv(Lane::Urgent)).await;
     let answer = answer.map_err(|_| WorkerError::NoWelcome)??.ok_or(WorkerError::NoWelcome)?;
     match wire::decode(answer.kind, &answer.payload)? {
-        Message::Welcome(_) => Ok(()),
+        Message::Welcome(welcome) => Ok(welcome),
         Message::Refuse(refuse) => Err(WorkerError::Refused(refuse.reason)),
         _ => Err(WorkerError::NoWelcome),
     }
+}
+
+/// Takes the digests of what the target kept of an earlier migration.
+async fn receive_held(session: &Session, pages: u64, pages_max: u64) -> Result<Held, WorkerError> {
+    if pages > pages_max {
+        return Err(WorkerError::Held);
+    }
+    let mut digests = Vec::new();
+    while (digests.len() as u64) < pages {
+        let frame = tokio::time::timeout(WELCOME_TIMEOUT, session.recv(Lane::Bulk)).await;
+        let frame = frame.map_err(|_| WorkerError::NoWelcome)??.ok_or(WorkerError::NoWelcome)?;
+        let bytes = open_bytes(&frame.payload, STREAM_PIECE_BYTES_MAX).map_err(|_| WorkerError::Held)?;
+        let (words, rest) = bytes.as_chunks();
+        if frame.kind != wire::HELD || words.is_empty() || !rest.is_empty() {
+            return Err(WorkerError::Held);
+        }
+        let (blocks, rest) = words.as_chunks();
+        if !rest.is_empty() {
+            return Err(WorkerError::Held);
+        }
+        digests.extend(blocks.iter().map(|block| block.map(u64::from_le_bytes)));
+    }
+    if digests.len() as u64 == pages { Ok(Held::new(digests)) } else { Err(WorkerError::Held) }
 }
 
 /// Opens QEMU's stream and starts the pump and the sender.
@@ -178,7 +211,7 @@ async fn start_threads(
     job: &Job,
     guest: &Guest,
     map: &MemoryMap,
-    memory: Option<ProcessMemory>,
+    (memory, held): (Option<ProcessMemory>, Held),
     session: &Session,
 ) -> Result<Threads, WorkerError> {
     let verify = match job.options.verify {
@@ -213,6 +246,7 @@ async fn start_threads(
     let limits = EncoderLimits { base_bytes: usize::try_from(limit).unwrap_or(usize::MAX), level };
     let (sending, sent_through) = (stage.clone(), outbox.clone());
     let mut encoder = Encoder::new(limits);
+    encoder.assume_held(held);
     thread::spawn(move || {
         let sent = sender::send_all(&sending, &mut encoder, &sent_through);
         drop(tell.blocking_send(Happened::Sent(sent)));

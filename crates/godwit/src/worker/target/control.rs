@@ -1,6 +1,9 @@
 //! The loop of the target's worker: one place that awaits, one that decides, one that acts.
 
-use std::{sync::mpsc as std_mpsc, time::Duration};
+use std::{
+    sync::{Arc, mpsc as std_mpsc},
+    time::Duration,
+};
 
 use godwit_migration::{
     handover::{self, Action, Outcome, RecordState, Sync, Target, TargetEvent},
@@ -16,7 +19,10 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::intake::{Arrived, IntakeError};
+use super::{
+    Keep,
+    intake::{Arrived, IntakeError},
+};
 use crate::{
     borrowed,
     job::{self, Command, Happening, Job, Phase},
@@ -81,6 +87,7 @@ pub(super) struct Parts {
     pub(super) orders: std_mpsc::Sender<Order>,
     pub(super) tell: mpsc::Sender<Happened>,
     pub(super) events: mpsc::Receiver<Happened>,
+    pub(super) keep: Arc<Keep>,
 }
 
 /// A migration under way at its target.
@@ -128,6 +135,7 @@ impl<'a> Control<'a> {
         }
         if self.parts.handover.is_idle() {
             self.draft.taken_back(job::Outcome::Failed, "the source ended the migration".into());
+            self.keep_partial().await;
             end_qemu(&self.parts.monitor, self.job.pid).await?;
         }
         if matches!(self.outcome, Some(Outcome::Taken))
@@ -321,7 +329,10 @@ impl Control<'_> {
             // An intake that is gone has said why.
             Action::Load => drop(self.parts.orders.send(Order::Load)),
             Action::ContinueGuest => self.continue_guest().await,
-            Action::KillQemu => end_qemu(&self.parts.monitor, self.job.pid).await?,
+            Action::KillQemu => {
+                self.keep_partial().await;
+                end_qemu(&self.parts.monitor, self.job.pid).await?;
+            }
             Action::Report(outcome) => self.report(outcome).await,
             // These are the source's.
             Action::OpenGate | Action::AnswerShut | Action::SendToken { .. } | Action::AbortMigration => {}
@@ -351,6 +362,14 @@ impl Control<'_> {
         // A link that is lost is told by the session itself.
         let _ = self.parts.session.send(Lane::Urgent, kind, body).await;
         Ok(())
+    }
+
+    /// A link that was lost for good may be back for the next try. Once the token has come, there is nothing to keep:
+    /// the machine is either taken or its state is stale.
+    async fn keep_partial(&self) {
+        if self.session_over && self.token.is_none() {
+            self.parts.keep.clone().keep(self.job, self.journal).await;
+        }
     }
 
     async fn verify(&mut self) {

@@ -3,7 +3,7 @@
 //!
 //! The intake lives on a thread of its own; decoding and writing memory block.
 
-use std::{io::Write, os::unix::net::UnixStream};
+use std::{io::Write, os::unix::net::UnixStream, sync::Arc};
 
 use godwit_content::{
     BlockId, DecodeError, Decoder, DecoderLimits, Memory, MemoryError, OpenError, open_bytes,
@@ -77,7 +77,7 @@ pub(super) struct Intake {
 
 impl Intake {
     /// An intake into the guest behind `memory`, whose QEMU reads its stream from `qemu`.
-    pub(super) fn new(memory: ProcessMemory, qemu: UnixStream) -> Self {
+    pub(super) fn new(memory: Arc<ProcessMemory>, qemu: UnixStream) -> Self {
         Self {
             decoder: Decoder::new(DecoderLimits { block_count: memory.pages() }),
             memory: GuestMemory(memory),
@@ -143,7 +143,7 @@ impl Intake {
 }
 
 /// The paused guest's memory as the decoder sees it.
-struct GuestMemory(ProcessMemory);
+struct GuestMemory(Arc<ProcessMemory>);
 
 impl Memory for GuestMemory {
     fn read(&mut self, ids: &[BlockId], contents: &mut [u8]) -> Result<(), MemoryError> {

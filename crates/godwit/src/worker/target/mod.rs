@@ -10,6 +10,7 @@
 mod control;
 mod door;
 mod intake;
+mod partial;
 mod proof;
 
 pub(crate) use self::proof::ProofError;
@@ -23,6 +24,7 @@ use std::{
     time::Duration,
 };
 
+use godwit_content::{Compressor, HeldDigests, seal_bytes};
 use godwit_migration::{
     handover::Target,
     wire::{self, Hello, Message, Refuse, Welcome},
@@ -40,10 +42,14 @@ use self::{
     intake::{Arrived, Intake, IntakeError},
     proof::prove_addresses,
 };
-use super::{MONITOR_TIMEOUT, WorkerError, account::ReportDraft, journal::Journal, memory_map::MemoryMap};
+use super::{
+    MONITOR_TIMEOUT, STREAM_PIECE_BYTES_MAX, WorkerError, account::ReportDraft, journal::Journal,
+    memory_map::MemoryMap,
+};
 use crate::{
     borrowed,
     job::{Command, Happening, Job, Phase, Report},
+    output::one_line,
     token::Store,
 };
 
@@ -51,6 +57,8 @@ use crate::{
 const HELLO_TIMEOUT: Duration = Duration::from_secs(30);
 /// What the destination needs; those that this QEMU doesn't know are left out.
 const CAPABILITIES: [&str; 4] = ["events", "return-path", "switchover-ack", "late-block-activate"];
+/// Digests hardly compress; long runs of unknown pages do.
+const HELD_LEVEL: i32 = 1;
 /// What the threads say in all before they are listened to.
 const THREAD_EVENTS: usize = 8;
 
@@ -87,22 +95,80 @@ async fn receive(
     let memory = ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges())?;
     memory.probe()?;
     prove_addresses(&monitor, job.pid.unsigned_abs(), &map, word_of(&job.id)).await?;
+    let memory = Arc::new(memory);
+    let held = restore_partial(job, &map, &memory, journal).await;
     journal.say(Happening::Ready);
 
     let session = accept(job, streams).await?;
-    let hello = greet(&session, job, &monitor, &map).await?;
+    let hello = greet(&session, job, &monitor, &map, held.len() as u64).await?;
+    send_held(&session, &held).await?;
     let store = Store::open(&job.machine_dir);
     let handover = Target::new(store.load()?, &job.peer);
     let (tell, events) = mpsc::channel(THREAD_EVENTS);
     let orders = start_intake(
         &session,
-        Intake::new(memory, stream.try_clone().map_err(WorkerError::ReturnPath)?),
+        Intake::new(memory.clone(), stream.try_clone().map_err(WorkerError::ReturnPath)?),
         &tell,
     );
     listen_to_qemu(stream, tell.clone());
     journal.say(Happening::Phase { phase: Phase::PreCopy });
-    let parts = control::Parts { monitor, session, store, handover, orders, tell, events };
+    let keep = Arc::new(Keep { map, memory });
+    let parts = control::Parts { monitor, session, store, handover, orders, tell, events, keep };
     Control::new(job, journal, parts, hello.options, draft).run(commands).await
+}
+
+/// What is needed to keep the memory of a QEMU that is about to be ended.
+struct Keep {
+    map: MemoryMap,
+    memory: Arc<ProcessMemory>,
+}
+
+impl Keep {
+    /// Keeps it, if it may be kept; a failure costs only the next migration's time.
+    async fn keep(self: Arc<Self>, job: &Job, journal: &Journal) {
+        let Some(place) = job.partial.clone().filter(|_| job.options.keep_partial) else { return };
+        let peer = job.peer.clone();
+        let kept = tokio::task::spawn_blocking(move || {
+            partial::keep(&place.file, place.limit_bytes, &peer, &self.map, &self.memory)
+        });
+        match kept.await {
+            Ok(Ok(())) => tracing::info!("what arrived is kept for the next try"),
+            Ok(Err(error)) => journal.warn(format!("what arrived isn't kept: {}", one_line(&error))),
+            Err(error) => tracing::warn!(%error, "keeping what arrived"),
+        }
+    }
+}
+
+/// Fills the memory with what was kept of an earlier migration, and says what that is.
+async fn restore_partial(
+    job: &Job,
+    map: &MemoryMap,
+    memory: &Arc<ProcessMemory>,
+    journal: &Journal,
+) -> Vec<HeldDigests> {
+    let Some(place) = job.partial.clone() else { return Vec::new() };
+    let (peer, map, memory) = (job.peer.clone(), map.clone(), memory.clone());
+    let restored =
+        tokio::task::spawn_blocking(move || partial::restore(&place.file, &peer, &map, &memory)).await;
+    match restored {
+        Ok(Ok(held)) => held.unwrap_or_default(),
+        Ok(Err(error)) => {
+            journal.warn(format!("what was kept isn't used: {}", one_line(&error)));
+            Vec::new()
+        }
+        Err(_) => Vec::new(),
+    }
+}
+
+/// Tells the source what is here already.
+async fn send_held(session: &Session, held: &[HeldDigests]) -> Result<(), WorkerError> {
+    let mut compressor = Compressor::new();
+    for piece in held.chunks(STREAM_PIECE_BYTES_MAX / size_of::<HeldDigests>()) {
+        let bytes: Vec<u8> = piece.as_flattened().iter().flat_map(|digest| digest.to_le_bytes()).collect();
+        let sealed = seal_bytes(&mut compressor, HELD_LEVEL, &bytes);
+        session.send(Lane::Bulk, wire::HELD, sealed.into()).await?;
+    }
+    Ok(())
 }
 
 /// Sixteen bytes that the paused machine's memory surely doesn't hold yet.
@@ -144,6 +210,7 @@ async fn greet(
     job: &Job,
     monitor: &qmp::Client,
     map: &MemoryMap,
+    held_pages: u64,
 ) -> Result<Hello, WorkerError> {
     let message = tokio::time::timeout(HELLO_TIMEOUT, session.recv(Lane::Urgent)).await;
     let message = message.map_err(|_| WorkerError::NoWelcome)??.ok_or(WorkerError::NoWelcome)?;
@@ -152,7 +219,8 @@ async fn greet(
     };
     let answer = match judge(&hello, job, map) {
         Ok(version) => {
-            Message::Welcome(Welcome { version, qemu_version: monitor.query_version().await?.to_string() })
+            let qemu_version = monitor.query_version().await?.to_string();
+            Message::Welcome(Welcome { version, qemu_version, held_pages })
         }
         Err(reason) => Message::Refuse(Refuse { reason }),
     };
