@@ -199,7 +199,7 @@ fn minimise(target: &str) -> Result<()> {
     let _ = fs::remove_dir_all(&merged);
     fs::create_dir_all(&merged)?;
     let status = program(target, KEPT_BYTES_MAX)?
-        .args(["-merge=1", "-verbosity=0"])
+        .args(["-merge=1", "-use_counters=0", "-verbosity=0"])
         .args([&merged, &working, &committed, &seeds])
         .status()?;
     ensure!(status.success(), "the corpus of {target} can't be merged");
