@@ -10,6 +10,8 @@
 //! | [`state`] | the state directory |
 //! | [`api`] | HTTP on the unix socket, for this host's operator |
 //! | [`listener`] | TCP, for other hosts: their agents, and the workers of migrations |
+//! | [`admission`], [`reach`] | which requests of peers are looked at, and where their files really lead |
+//! | [`credentials`], [`supervisor`] | the certificate, renewed while the agent runs; the service manager |
 //! | [`machines`], [`launch`], [`adoption`] | machines: what is asked about them, how they start |
 //! | [`recovery`] | finishing or rolling back what a dead worker or host left |
 //! | [`migrations`], [`outgoing`], [`incoming`] | migrations: following them, and how each side begins one |
