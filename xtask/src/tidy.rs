@@ -9,10 +9,14 @@ use anyhow::{Context, Result, bail};
 use cargo_metadata::{DependencyKind, Metadata, MetadataCommand};
 use godwit_sim::guest_image::workspace;
 
+use crate::chaos::Fault;
+
 /// The most lines of a source file.
 const MAX_LINES: usize = 800;
 /// Names that say nothing about what is inside.
 const EMPTY_NAMES: [&str; 4] = ["util", "utils", "common", "helpers"];
+/// The table of what can fail.
+const FAILURES: &str = "docs/failures.md";
 const MAP: &str = "ARCHITECTURE.md";
 const TABLE_HEADER: &str = "| crate | directory |";
 
@@ -30,10 +34,34 @@ pub(crate) fn run() -> Result<()> {
             faults.extend(file_faults(file.strip_prefix(workspace())?, lines));
         }
     }
+    faults.extend(failures_faults()?);
     if faults.is_empty() {
         return Ok(());
     }
     bail!("{}", faults.join("\n"))
+}
+
+/// What docs/failures.md names as tests and isn't one: no function of that name, no kind of chaos.
+fn failures_faults() -> Result<Vec<String>> {
+    let table = std::fs::read_to_string(workspace().join(FAILURES))?;
+    let mut sources = String::new();
+    for directory in ["crates", "xtask/src/chaos"] {
+        for file in sources_below(&workspace().join(directory))? {
+            sources.push_str(&std::fs::read_to_string(file)?);
+        }
+    }
+    let is_test = |name: &str| sources.contains(&format!("fn {name}()"));
+    let is_kind = |name: &str| Fault::ALL.iter().any(|fault| fault.to_string() == name);
+    let named = tests_named(&table).into_iter();
+    let unknown = named.filter(|name| !is_test(name) && !is_kind(name));
+    Ok(unknown.map(|name| format!("{FAILURES}: there is no test and no kind of chaos `{name}`")).collect())
+}
+
+/// The names in backquotes in the last column of every table.
+fn tests_named(text: &str) -> BTreeSet<String> {
+    let rows = text.lines().filter(|line| line.starts_with('|'));
+    let cells = rows.filter_map(|row| row.trim_end_matches('|').rsplit('|').next());
+    cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).map(str::to_owned).collect()
 }
 
 /// Of a crate: its directory and the workspace's crates that it depends on, those for tests only left out.

@@ -48,7 +48,7 @@ pub(crate) enum Fault {
 
 impl Fault {
     /// All kinds, in the order of the result's rows.
-    pub(super) const ALL: [Fault; 25] = [
+    pub(crate) const ALL: [Fault; 25] = [
         Fault::LinkCut,
         Fault::LinkCutLong,
         Fault::KillSourceAgent,
