@@ -34,6 +34,8 @@ mod guest;
 mod migration;
 mod screen;
 
+/// In a report: what follows is the agent's doing.
+const BY_AGENT: &str = "; the agent: ";
 /// How long the guest's pace is watched before anything happens to it.
 const BEFORE: Duration = Duration::from_secs(3);
 /// How long after the beginning of pre-copy the link is cut.
@@ -83,6 +85,8 @@ struct Show<'a> {
     hosts: Hosts,
     guest: Guest,
     told: Instant,
+    /// Migrations that completed.
+    completed: usize,
 }
 
 /// A process that was killed, and when.
@@ -103,8 +107,11 @@ impl<'a> Show<'a> {
         let command_line = GuestImage::command_line(stage.workload, GUEST_ADDRESS, Some(recorder.address()));
         hosts.boot(stage.image, &command_line)?;
         let guest = Guest::meet(stage.lab, recorder)?;
-        let mut show = Show { stage, screen, claims: Claims::default(), hosts, guest, told: Instant::now() };
-        show.watch(BEFORE);
+        screen.demo("it has booted; a client outside both hosts follows its counter and its beat of 10 ms");
+        sleep(BEFORE);
+        let (claims, told) = (Claims::default(), Instant::now());
+        let mut show = Show { stage, screen, claims, hosts, guest, told, completed: 0 };
+        show.account(None);
         Ok(show)
     }
 
@@ -121,8 +128,7 @@ impl<'a> Show<'a> {
         let killed = Instant::now();
         self.screen.demo(&format!("kill -9 the agent of b, the target (process {agent})"));
         self.follow(&mut migration, RESTART_AFTER, |migration| migration.is_over)?;
-        self.screen
-            .godwit("(each migration is carried by workers of its own, which agents only start and follow)");
+        self.screen.note("a worker at each host carries the migration; agents start workers and follow them");
         sleep(RESTART_AFTER.saturating_sub(killed.elapsed()));
         self.hosts.b.start_agent(self.stage.lab, &self.hosts.program)?;
         self.screen.demo("the agent of b is started again, as systemd would");
@@ -131,6 +137,7 @@ impl<'a> Show<'a> {
         self.tell_what_agent_finds(&migration)?;
         self.claim_struck("the agent died in the final phase", &migration, &struck);
         self.claim_first(&report);
+        self.completed += usize::from(report["outcome"] == "completed");
         self.account(None);
         Ok(())
     }
@@ -163,16 +170,24 @@ impl<'a> Show<'a> {
         let worker = self.hosts.a.kill_worker(&migration.id)?;
         let struck = Struck { before_ms: before, after_ms: self.now_ms() };
         self.screen.demo(&format!("kill -9 the worker at a, the target (process {worker})"));
-        let report = self.await_report(&mut migration, Place::B)?;
-        let holder = self.await_one_copy()?;
-        self.watch(Duration::ZERO);
-        let detail = report["detail"].as_str().unwrap_or("no more is known");
-        self.screen.godwit(&format!("{}: {detail}", text(&report["outcome"])));
+        self.await_report(&mut migration, Place::B)?;
+        let holder = self.await_one_copy();
+        self.tell_what_agent_did(&migration)?;
+        match holder {
+            Ok(Place::A) => self.screen.note("all of the guest had arrived, so it runs at a"),
+            Ok(_) => self.screen.note("the guest hadn't run at a, so it went on at b at once"),
+            Err(_) => {}
+        }
+        self.account(None);
         self.claim_struck("the worker died in the final phase", &migration, &struck);
-        let came = if holder == Place::A { "finished" } else { "rolled back" };
-        let silence = self.guest.history().longest_silence(from, SystemTime::now());
-        let value = format!("{came}: it runs at {}; longest silence {}", holder.name(), duration(silence));
-        self.claims.add("the agents settled it by themselves", true, value);
+        let silence = duration(self.guest.history().longest_silence(from, SystemTime::now()));
+        let value = holder.map(|holder| {
+            let came = if holder == Place::A { "finished" } else { "rolled back" };
+            self.completed += usize::from(holder == Place::A);
+            format!("{came}: it runs at {}; longest silence {silence}", holder.name())
+        });
+        self.claims
+            .add_shown("the agents settled it by themselves", value.map_err(|error| format!("{error:#}")));
         Ok(())
     }
 
@@ -187,16 +202,8 @@ impl<'a> Show<'a> {
         self.guest.look();
         let holder = self.await_one_copy().map(|holder| format!("at {}", holder.name()));
         self.claims.add_shown("exactly one copy runs", holder.map_err(|error| format!("{error:#}")));
-        let counter =
-            self.guest.history().counter().map(|(first, last)| {
-                format!("{} to {}, over one TCP connection", grouped(first), grouped(last))
-            });
-        self.claims.add_shown("its counter never went back", counter);
-        let beats =
-            self.guest.history().beats().map(|(beats, moves)| {
-                format!("{} beats; the host changed {moves} times", grouped(beats as u64))
-            });
-        self.claims.add_shown("no beat came twice, or late, or from two hosts", beats);
+        self.claim_counter();
+        self.claim_beats();
         self.claims.add_shown("its memory is what it wrote", checked);
         for (host, claim) in
             [(&self.hosts.a, "nothing is left open at a"), (&self.hosts.b, "nothing is left open at b")]
@@ -206,6 +213,22 @@ impl<'a> Show<'a> {
             self.claims.add_shown(claim, found.map_err(|error| format!("{error:#}")));
         }
         Ok(())
+    }
+
+    fn claim_counter(&mut self) {
+        let counter = self.guest.history().counter().map(|(before, after)| {
+            format!("{} before, {} after, over one TCP connection", grouped(before), grouped(after))
+        });
+        self.claims.add_shown("its counter never went back", counter);
+    }
+
+    /// Beats come in order, and from another host only after a migration that completed.
+    fn claim_beats(&mut self) {
+        let beats = self.guest.history().beats().and_then(|(beats, moves)| {
+            let value = format!("{} beats; changes of host: {moves}", grouped(beats as u64));
+            if moves == self.completed { Ok(value) } else { Err(value) }
+        });
+        self.claims.add_shown("no beat came twice, late, or from two hosts", beats);
     }
 
     /// What an operator sees who asks.
@@ -249,7 +272,10 @@ impl<'a> Show<'a> {
         let after = struck.after_ms.saturating_sub(stopped);
         let value = match over {
             u64::MAX => format!("{after} ms after the stop"),
-            over => format!("{after} ms after the stop; over {} ms after it", over.saturating_sub(stopped)),
+            over => {
+                let before = over.saturating_sub(struck.after_ms);
+                format!("{after} ms after the stop, {before} ms before the end")
+            }
         };
         self.claims.add(claim, holds, value);
     }
@@ -259,9 +285,18 @@ impl<'a> Show<'a> {
         let report = self.hosts.ask(&self.hosts.b, &["status", &migration.id])?["report"].clone();
         let (state, outcome) = (text(&machine["state"]), text(&report["outcome"]));
         self.screen.godwit(&format!(
-            "the new agent of b finds {MACHINE}: {state}, at {}; the migration: {outcome}",
+            "agent of b, back: {MACHINE} is {state}, at {}; the migration is {outcome}",
             text(&machine["at"])
         ));
+        Ok(())
+    }
+
+    /// What the target's agent says that it did in its dead worker's stead.
+    fn tell_what_agent_did(&self, migration: &Migration) -> Result<()> {
+        let report = self.hosts.ask(&self.hosts.a, &["status", &migration.id])?["report"].clone();
+        let detail = text(&report["detail"]);
+        let did = detail.split_once(BY_AGENT).map_or(detail, |(_, did)| did);
+        self.screen.godwit(&format!("agent of a, in its dead worker's stead: {did}"));
         Ok(())
     }
 

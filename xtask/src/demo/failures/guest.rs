@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use godwit_sim::{
     beats::{Beat, BeatRecorder},
     lab::{Lab, Place},
@@ -77,9 +77,12 @@ impl Guest {
         &self.history
     }
 
-    /// Has it compare its memory with all that it ever wrote.
+    /// Has it compare its memory with all that it ever wrote; the result in words.
     pub(super) fn check(&self) -> Result<String> {
-        Ok(self.progress.check(CHECK_LIMIT)?)
+        let answer = self.progress.check(CHECK_LIMIT)?;
+        let numbers: Vec<u64> = answer.split(' ').filter_map(|word| word.parse().ok()).collect();
+        let [pages, writes] = numbers[..] else { bail!("the guest says {answer:?}") };
+        Ok(format!("{} pages hold what {} writes left in them", grouped(pages), grouped(writes)))
     }
 }
 

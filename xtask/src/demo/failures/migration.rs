@@ -1,11 +1,16 @@
 //! A migration as its source tells of it, event by event.
 
-use std::{fs::File, io::Read, path::PathBuf, time::SystemTime};
+use std::{
+    fs::File,
+    io::Read,
+    path::PathBuf,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::Result;
 use serde_json::Value;
 
-use super::screen::duration;
+use super::screen::{duration, megabytes};
 
 /// A migration that is being followed.
 pub(super) struct Migration {
@@ -67,7 +72,7 @@ impl Migration {
             }
             "finished" => {
                 self.is_over = true;
-                None
+                Some(end(&event))
             }
             _ => None,
         }
@@ -78,25 +83,20 @@ impl Migration {
         self.phases.iter().find(|(name, _)| name == phase).map(|(_, at)| *at)
     }
 
-    /// How far it is, in words.
+    /// How far it is, in words, while the guest runs.
     pub(super) fn account(&self) -> Option<String> {
-        let progress = self.progress.as_ref()?;
-        let [settled, total] =
-            ["pages_settled", "pages_total"].map(|key| progress[key].as_u64().unwrap_or(0));
-        let share = settled * 100 / total.max(1);
-        let time =
-            |key: &str| progress[key].as_u64().map(|ms| duration(std::time::Duration::from_millis(ms)));
-        let mut text = format!("{share} % of the memory is at the target");
-        if let Some(silent) = time("link_silent_ms") {
-            text += &format!("; nothing heard for {silent}");
-        }
-        if let Some(left) = time("predicted_remaining_ms") {
-            text += &format!("; {left} left");
-        }
-        if let Some(pause) = time("predicted_downtime_ms") {
-            text += &format!("; stopping now would take {pause}");
-        }
-        Some(text)
+        let progress = self.progress.as_ref().filter(|_| self.began("switchover").is_none())?;
+        let time = |key: &str| progress[key].as_u64().map(|ms| duration(Duration::from_millis(ms)));
+        let sent = format!("{} sent", megabytes(progress["wire_bytes"].as_u64()?));
+        let left = time("predicted_remaining_ms");
+        let words = match (time("link_silent_ms"), left) {
+            (Some(silent), Some(left)) => {
+                format!("{sent}; nothing heard for {silent}; predicted once it's back: {left} more")
+            }
+            (None, Some(left)) => format!("{sent}; predicted: {left} more"),
+            (_, None) => sent,
+        };
+        Some(words)
     }
 }
 
@@ -106,9 +106,20 @@ pub(super) fn unix_ms(at: SystemTime) -> u64 {
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
+/// How a migration ended, in words.
+fn end(report: &Value) -> String {
+    let word = |key: &str| report[key].as_str().unwrap_or("unknown").to_owned();
+    match report["downtime_ms"].as_f64() {
+        Some(pause) => {
+            format!("{}: the guest runs at {}; pause {pause:.1} ms", word("outcome"), word("target"))
+        }
+        None => format!("{}: {}", word("outcome"), word("detail")),
+    }
+}
+
 fn words(phase: &str) -> Option<&'static str> {
     match phase {
-        "preparing" => Some("connects, compares both hosts"),
+        "preparing" => Some("connects and compares both hosts"),
         "pre_copy" => Some("the guest runs on while its memory is sent"),
         "switchover" => Some("the final phase: the guest is stopped, its last pages are on their way"),
         "handed_over" => Some("the right to run the guest has left the source"),

@@ -27,6 +27,11 @@ impl Screen {
         self.say("guest", text);
     }
 
+    /// What that means.
+    pub(super) fn note(&self, text: &str) {
+        println!("{:8}  {:<7} ({text})", "", "");
+    }
+
     pub(super) fn elapsed(&self) -> Duration {
         self.began.elapsed()
     }
