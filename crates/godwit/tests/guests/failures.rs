@@ -1,9 +1,18 @@
 //! What dies on the way takes no guest with it: exactly one copy runs on, and what was left behind is put in order by the
 //! agents, or by the next ones.
 
-use std::{fs, thread, time::Duration};
+use std::{
+    fs::{self, File},
+    path::Path,
+    thread,
+    time::Duration,
+};
 
-use nix::sys::signal::Signal;
+use nix::{
+    fcntl::{FcntlArg, fcntl},
+    libc,
+    sys::signal::Signal,
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -167,6 +176,27 @@ fn what_arrived_before_a_lost_link_is_not_sent_again() {
     guest.goes_on();
 }
 
+/// An image that somebody else has locked can't be opened by the target, which finds out when it has loaded everything
+/// and says `cont`; nor by the source, which gets the machine back and can go on only once the lock is gone.
+#[test]
+fn a_refusal_after_the_load_gives_the_machine_back() {
+    let hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan { all_devices: true, ..Plan::LIGHT });
+    let before = settings(&hosts.a);
+    for image in ["disk.raw", "disk.qcow2"] {
+        let lock = ImageLock::take(&hosts.shared().join(image));
+        let migration = Migration::begin(&hosts.a, &hosts.b, &[]);
+        migration.reaches("handed_over");
+        eventually("the target refuses", || hosts.b.record()["state"] == "refused");
+        eventually("the target has forgotten the machine", || !hosts.b.machine_file("spec.json").exists());
+        drop(lock);
+        is_settled(&hosts, &guest, &before, image);
+        hosts.only_at(&hosts.a);
+    }
+    migrate(&hosts.a, &hosts.b, &[]);
+    guest.goes_on();
+}
+
 #[test]
 fn a_host_that_never_comes_back_is_declared_lost_and_stands_down_when_it_does() {
     let mut hosts = Hosts::new();
@@ -190,7 +220,7 @@ fn a_host_that_never_comes_back_is_declared_lost_and_stands_down_when_it_does() 
     hosts.lab.restore();
     hosts.b.start(&hosts.lab);
     eventually("the lost host stands down", || {
-        lost.is_none_or(|it| !std::path::Path::new(&format!("/proc/{it}")).exists())
+        lost.is_none_or(|it| !Path::new(&format!("/proc/{it}")).exists())
     });
     hosts.only_at(&hosts.a);
     eventually("the order is forgotten", || {
@@ -220,6 +250,28 @@ fn is_settled(hosts: &Hosts, guest: &Guest, before: &[Value; 2], what: &str) {
     guest.goes_on();
 }
 
+/// A lock on an image that says: nobody else may write (QEMU's file-posix: byte 200 plus the number of a permission that
+/// isn't shared; the second is "write").
+#[derive(Debug)]
+struct ImageLock {
+    _file: File,
+}
+
+impl ImageLock {
+    fn take(image: &Path) -> Self {
+        let file = File::options().read(true).write(true).open(image).unwrap();
+        let not_shared = libc::flock {
+            l_type: libc::F_RDLCK as i16,
+            l_whence: libc::SEEK_SET as i16,
+            l_start: 201,
+            l_len: 1,
+            l_pid: 0,
+        };
+        fcntl(&file, FcntlArg::F_OFD_SETLK(&not_shared)).unwrap();
+        Self { _file: file }
+    }
+}
+
 impl Migration<'_> {
     /// What its source's worker said so far.
     fn events(&self) -> String {
@@ -233,6 +285,12 @@ impl Host {
         if !self.migration_file(migration, "report.json").exists() {
             signal(self.worker(migration), Signal::SIGKILL);
         }
+    }
+
+    /// The record of who may run the machine.
+    fn record(&self) -> Value {
+        let text = fs::read_to_string(self.machine_file("token.json")).unwrap_or_default();
+        serde_json::from_str(&text).unwrap_or_default()
     }
 
     fn qemu_if_any(&self) -> Option<i32> {

@@ -1,6 +1,6 @@
 //! A guest that works and gives account of it, and its migrations.
 
-use std::{fs, time::Duration};
+use std::{fs, process::Command, time::Duration};
 
 use godwit_sim::{
     guest_image::GuestImage,
@@ -20,7 +20,7 @@ pub(crate) struct Plan {
     pub machine: &'static str,
     pub memory_mb: u64,
     pub workload: &'static str,
-    /// A disk, a random number generator and a balloon besides the card and the serial port.
+    /// Disks, a random number generator and a balloon besides the card and the serial port.
     pub all_devices: bool,
 }
 
@@ -42,6 +42,12 @@ impl Plan {
             let disk = hosts.shared().join("disk.raw");
             fs::File::create(&disk).unwrap().set_len(16 << 20).unwrap();
             devices.push_str(&format!("[[disk]]\npath = {disk:?}\ncache = \"writeback\"\n"));
+            let disk = hosts.shared().join("disk.qcow2");
+            let made =
+                Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&disk).arg("16M").status();
+            assert!(made.unwrap().success());
+            devices
+                .push_str(&format!("[[disk]]\npath = {disk:?}\nformat = \"qcow2\"\ncache = \"writeback\"\n"));
         }
         format!(
             "name = \"{MACHINE}\"\nmachine = \"{machine}\"\naccel = \"tcg\"\nmemory = \"{memory_mb}M\"\n\
