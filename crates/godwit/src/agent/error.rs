@@ -31,7 +31,7 @@ pub(super) enum Refusal {
     #[error("{machine} is busy: {doing}")]
     Busy { machine: String, doing: String },
     #[error(
-        "{machine} was given to {holder}; migrate it back, or `godwit vm rm {machine}` if it is lost there"
+        "{machine} was given to {holder}; migrate it back, or see `godwit recover --help` if {holder} is lost for good"
     )]
     GivenAway { machine: String, holder: String },
     #[error("{0} is known here and off; `godwit vm rm {0}` makes room for another")]
@@ -55,7 +55,9 @@ pub(super) enum Refusal {
     Memory { needed_bytes: u64, available_bytes: u64, reserve_bytes: u64 },
     #[error("epoch {offered} isn't newer than {known}, which this host has on record")]
     OldEpoch { offered: u64, known: u64 },
-    #[error("{machine} was handed to {peer} and no answer came: only {peer} knows whether it took it")]
+    #[error(
+        "{machine} was handed to {peer} and no answer came: only {peer} knows whether it took it; `godwit recover {machine}` asks"
+    )]
     Unsettled { machine: String, peer: String },
     #[error("the migration is over")]
     Over,
