@@ -87,9 +87,14 @@ pub(super) struct Plan {
 }
 
 impl Plan {
-    pub(super) fn draw(random: &mut Rng) -> Self {
-        let attempts = random.u32(1..=3);
-        let faults = (0..random.u32(..=2 * attempts)).map(|_| (trigger(random, attempts), fault(random)));
+    /// With `focus` there is one attempt, and all that fails does so around the pause.
+    pub(super) fn draw(random: &mut Rng, focus: bool) -> Self {
+        let attempts = if focus { 1 } else { random.u32(1..=3) };
+        let faults = (0..random.u32(..=2 * attempts)).map(|_| {
+            let trigger =
+                if focus { Trigger::OnAction(random.u32(4..24)) } else { trigger(random, attempts) };
+            (trigger, fault(random))
+        });
         let faults = faults.collect();
         Self {
             pages: random.usize(64..=256),

@@ -99,7 +99,7 @@ impl fmt::Display for Failure {
 
 impl std::error::Error for Failure {}
 
-/// Runs a seed's migrations, one to three of them, with a guard taken away if `sabotage` says so.
+/// Runs a seed's migrations, one to three of them; with a guard taken away, if `sabotage` says so, only one.
 ///
 /// # Errors
 /// [`Failure`] if anything that must hold doesn't. The same seed always fails alike.

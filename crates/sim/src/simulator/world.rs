@@ -22,7 +22,7 @@ use super::{
 /// How often the world is looked at as a whole.
 const LOOK_US: u64 = 200_000;
 /// Everything has to be settled so long after the last fault has healed.
-const SETTLE_US: u64 = 400_000_000;
+const SETTLE_US: u64 = 200_000_000;
 /// A guest's steps follow each other this fast during a migration, and without one.
 const STEP_US: u64 = 5_000;
 const LAZY_STEP_US: u64 = 500_000;
@@ -153,7 +153,7 @@ pub(super) struct World {
 impl World {
     pub(super) fn new(seed: u64, sabotage: Option<Sabotage>, traced: bool) -> Self {
         let mut random = Rng::with_seed(seed);
-        let plan = Plan::draw(&mut random);
+        let plan = Plan::draw(&mut random, sabotage.is_some());
         let mut numbers = 0;
         let hosts = Site::BOTH.map(|_| Host {
             disk: Disk::new(random.fork()),
