@@ -11,12 +11,15 @@ use super::{
     hosts::{Host, MACHINE},
     plan::Plan,
     stage::Stage,
+    watch::overlap,
 };
 
 /// How long the agents have to settle a migration by themselves.
 pub(super) const SETTLE_LIMIT: Duration = Duration::from_secs(120);
 /// How long a machine that `recover` calls settled may take until everything agrees.
 const RECOVER_LIMIT: Duration = Duration::from_secs(20);
+/// Two copies that run for so long are waited for no longer.
+const TWICE: Duration = Duration::from_secs(1);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Twice in a row, lest a glimpse between two steps be taken for the end.
 const LOOKS: u32 = 2;
@@ -53,7 +56,7 @@ pub(super) fn settle(stage: &Stage, plan: &Plan, id: Option<&str>, since: Instan
         looks = if view.is_ok() { looks + 1 } else { 0 };
         let waited = since.elapsed();
         let is_late = recovered_at.is_some_and(|at: Instant| at.elapsed() > RECOVER_LIMIT);
-        if looks >= LOOKS || is_late {
+        if looks >= LOOKS || is_late || run_twice(stage) {
             let (agreement, obstacle) = match view {
                 Ok(agreement) => (Some(agreement), String::new()),
                 Err(obstacle) => (None, obstacle),
@@ -68,6 +71,12 @@ pub(super) fn settle(stage: &Stage, plan: &Plan, id: Option<&str>, since: Instan
         }
         std::thread::sleep(LOOK_EVERY);
     }
+}
+
+/// Whether both hosts run the machine, and not for an instant: nothing can mend that.
+fn run_twice(stage: &Stage) -> bool {
+    let [a, b] = [Place::A, Place::B].map(|place| stage.watcher(place).seen().intervals);
+    overlap(&a, &b) > TWICE
 }
 
 /// What both hosts agree on, or why they don't.

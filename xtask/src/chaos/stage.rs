@@ -129,7 +129,8 @@ impl Stage {
         let migrate = self.host(from).begin(&["migrate", MACHINE, "--to", to.name()])?;
         let answer = hosts::Answer::of(migrate, MOVE_LIMIT);
         if answer.code != Some(0) {
-            bail!("an undisturbed move ends with {:?}: {} {}", answer.code, answer.json, answer.error.trim());
+            let (detail, error) = (&answer.json["detail"], answer.error.trim());
+            bail!("an undisturbed move ends with {:?}: {detail} {error}", answer.code);
         }
         let started = Instant::now();
         while !self.watcher(to).is_running() {

@@ -70,8 +70,8 @@ pub(super) fn judge(stage: &mut Stage, plan: &Plan, struck: &[Struck], settled: 
         findings.push(format!("the machine is lost; agreed on is {:?}", settled.agreement));
     }
     let lives = settled.agreement.as_ref().filter(|agreement| agreement.state != "off");
-    let corrupted = lives.map(|agreement| is_whole(stage, plan, struck, agreement));
-    let corrupted = note(&mut findings, corrupted.and_then(Result::err));
+    let corrupted = lives.map(|agreement| is_whole(stage, struck, agreement));
+    let corrupted = note(&mut findings, corrupted.and_then(Result::err).map(|error| format!("{error:#}")));
     let doubled = doubled(stage, plan, &mut findings);
     let leftovers = match &settled.agreement {
         Some(agreement) => note(&mut findings, leftovers(stage, agreement)),
@@ -127,14 +127,14 @@ fn owner_was_killed(stage: &Stage, plan: &Plan, struck: &[Struck]) -> bool {
 }
 
 /// The guest works, and its memory is what it wrote. One that its operator paused is continued first.
-fn is_whole(stage: &mut Stage, plan: &Plan, struck: &[Struck], agreement: &Agreement) -> Result<()> {
+fn is_whole(stage: &mut Stage, struck: &[Struck], agreement: &Agreement) -> Result<()> {
     if agreement.state == "paused" {
         stage.operate(agreement.holder)?.execute("cont", json!({}))?;
     }
     if struck.iter().any(|struck| struck.fault.reboots()) {
         stage.reconnect()?;
     }
-    stage.check_guest().with_context(|| format!("round {}: the guest isn't whole", plan.round))
+    stage.check_guest().context("the guest isn't whole")
 }
 
 /// Whether the guest ran twice.
