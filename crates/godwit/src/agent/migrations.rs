@@ -260,8 +260,8 @@ impl Agent {
             (Role::Target, Ok(_)) => (Outcome::Failed, Some(job.peer.clone())),
             (_, Ok(Holder::Unsettled(_)) | Err(_)) => (Outcome::Unsettled, None),
         };
-        let words = workers::last_words(directory);
-        let detail = format!("the worker died (its last words: {words}); the agent: {}", finding.did);
+        let words = workers::last_words(directory).map(|words| format!(" (its last words: {words})"));
+        let detail = format!("the worker died{}; the agent: {}", words.unwrap_or_default(), finding.did);
         let report = Report { detail: Some(detail), machine_is_at: at, ..job.report(outcome) };
         if let Err(error) = state::write_json(&directory.join(job::REPORT_FILE), &report) {
             tracing::warn!(%error, "no report written");

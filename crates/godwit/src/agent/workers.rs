@@ -92,8 +92,8 @@ pub(super) fn kill(directory: &Path) {
     }
 }
 
-/// The last line that the worker printed.
-pub(super) fn last_words(directory: &Path) -> String {
+/// The last line in which the worker complained, if it did.
+pub(super) fn last_words(directory: &Path) -> Option<String> {
     let read = || -> io::Result<String> {
         let mut log = fs::File::open(directory.join(LOG_FILE))?;
         let length = log.metadata()?.len();
@@ -103,8 +103,8 @@ pub(super) fn last_words(directory: &Path) -> String {
         Ok(String::from_utf8_lossy(&tail).into_owned())
     };
     let tail = read().unwrap_or_default();
-    let last = tail.lines().map(str::trim).rfind(|line| !line.is_empty());
-    last.unwrap_or("none").to_owned()
+    let complains = |line: &&str| ["WARN", "ERROR", "panicked"].iter().any(|word| line.contains(word));
+    tail.lines().map(str::trim).rfind(complains).map(str::to_owned)
 }
 
 /// Hands a connection of which nothing has been read to a worker: one message of one byte with the descriptor.

@@ -1,5 +1,7 @@
 //! Peers that misbehave, over real sockets: the agent refuses them in one line and goes on for the others.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{
     io::{Read, Write},
     net::{Ipv4Addr, SocketAddr},

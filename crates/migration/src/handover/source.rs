@@ -103,7 +103,7 @@ impl Source {
             // A newer record may have been lost with the host, and with it the knowledge that the token left.
             State::Flushing { run_state } if rebooted => source.ask(run_state, 0),
             _ if rebooted => source.ask(RunState::Running, 0),
-            _ => source.take_back("the worker was restarted".into()),
+            _ => source.take_back("the source's worker died".into()),
         };
         Some((source, actions))
     }

@@ -107,11 +107,9 @@ impl Target {
     ) -> (Self, Vec<Action>) {
         let mut target = Self::new(record.clone(), peer);
         let actions = match record.map(|record| record.state) {
-            Some(RecordState::Awaited { .. }) => target.refuse("the target's worker was restarted".into()),
+            Some(RecordState::Awaited { .. }) => target.refuse("the target's worker died".into()),
             // In the same boot the record is exact: "mine" would have been written before the guest could run.
-            Some(RecordState::Taking { .. }) if !rebooted => {
-                target.refuse("the target's worker was restarted".into())
-            }
+            Some(RecordState::Taking { .. }) if !rebooted => target.refuse("the target's worker died".into()),
             Some(RecordState::Taking { .. }) => target.died("the target's host crashed".into()),
             Some(RecordState::Mine { .. }) => match qemu {
                 QemuState::Running => target.guest_running(None),

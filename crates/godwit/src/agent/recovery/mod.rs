@@ -50,7 +50,7 @@ use crate::{
 };
 
 /// How often the agent looks whether something is to be settled.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 /// A machine that can't be settled is tried again after this, and then ever later.
 const FIRST_DELAY: Duration = Duration::from_millis(500);
 /// But never later than this.
@@ -136,7 +136,7 @@ impl Agent {
             ended_worker = true;
             let gone = async {
                 while self.migrations.of_machine(name).is_some() {
-                    tokio::time::sleep(LOOK_EVERY / 10).await;
+                    tokio::time::sleep(LOOK_EVERY / 20).await;
                 }
             };
             let _ = timeout(AFTER_WORKER, gone).await;

@@ -147,7 +147,10 @@ impl<'a> Shell<'a> {
                     .push(format!("the machine may be started here: godwit vm run, {} is off", self.name));
                 return Ok(());
             }
-            QemuState::Incoming => return Ok(self.agent.abandon(self.name).await),
+            QemuState::Incoming => {
+                self.agent.abandon(self.name).await;
+                return Ok(());
+            }
             QemuState::Paused | QemuState::Running => {}
         }
         self.abort_migration().await?;

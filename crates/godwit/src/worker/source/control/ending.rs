@@ -33,7 +33,9 @@ impl Control<'_> {
         self.threads.pace.close();
         self.threads.stage.close();
         // What the target still has to know is on its way; whether it arrives doesn't change how this ended.
-        let _ = tokio::time::timeout(GOODBYE, self.session.close()).await;
+        if !self.target_is_gone && !self.session_over {
+            let _ = tokio::time::timeout(GOODBYE, self.session.close()).await;
+        }
         self.journal.say(Happening::Phase { phase: Phase::Done });
         Ok(())
     }

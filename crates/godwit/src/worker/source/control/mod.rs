@@ -111,6 +111,7 @@ pub(super) struct Control<'a> {
     /// What the guest does, as far as QEMU tells before it stops it for us.
     guest_does: RunState,
     session_over: bool,
+    target_is_gone: bool,
     bandwidth: Option<u64>,
     stop: Stop,
     cancelled: bool,
@@ -191,6 +192,7 @@ impl<'a> Control<'a> {
             clock,
             link_watch: LinkWatch::new(now.into_std()),
             session_over: false,
+            target_is_gone: false,
             bandwidth: job.options.bandwidth_bytes_per_second,
             stop: Stop::default(),
             cancelled: false,
@@ -292,6 +294,8 @@ impl<'a> Control<'a> {
                 self.abort("cancelled by the operator".into())
             }
             Happened::Command(Command::PeerSays { message }) => {
+                // Its agent speaks for it, so its worker doesn't.
+                self.target_is_gone = true;
                 self.handover.apply(SourceEvent::PeerSays(message))
             }
             Happened::Command(Command::SetBandwidth { bytes_per_second }) => {
