@@ -7,6 +7,7 @@ use super::{
     disk::Stop,
     qemu::Phase,
     site::Site,
+    source::SourceData,
     worker::{Half, Told},
     world::{Event, World},
 };
@@ -319,8 +320,8 @@ impl World {
         }
     }
 
-    /// An operator who stops a guest between its `cont` and the record of it may see it continued once more; that is
-    /// known (docs/hand-over.md), and not done here.
+    /// An operator who stops a guest between its stop for the switch-over and the record of its going on may see it
+    /// continued once more; that is known (docs/hand-over.md), and not done here.
     fn stop_guest(&mut self) {
         for site in Site::BOTH {
             let between = self.find(site).is_some_and(|found| {
@@ -331,8 +332,10 @@ impl World {
                         | RecordState::Mine { .. }
                 )
             });
-            let qemu = self.host_mut(site).qemu.as_mut();
-            if let Some(qemu) = qemu.filter(|qemu| qemu.runs() && !qemu.gate_open && !between) {
+            let host = self.host_mut(site);
+            let source = host.worker.as_ref().and_then(|worker| worker.source.as_ref());
+            let between = between || source.is_some_and(SourceData::has_stopped);
+            if let Some(qemu) = host.qemu.as_mut().filter(|qemu| qemu.runs() && !qemu.gate_open && !between) {
                 qemu.phase = Phase::Paused;
                 self.history.is_paused = true;
             }

@@ -48,6 +48,13 @@ impl std::fmt::Debug for SourceData {
     }
 }
 
+impl SourceData {
+    /// Whether the guest was stopped for the switch-over.
+    pub(super) fn has_stopped(&self) -> bool {
+        self.is_stopped
+    }
+}
+
 impl World {
     /// The number of a new attempt, which is on disk before anybody hears of it; `None` if the disk doesn't take it.
     pub(super) fn number_attempt(&mut self, site: Site) -> Option<Epoch> {
