@@ -30,8 +30,8 @@ pub(super) struct Round {
     pub(super) direction: String,
     /// What struck, and when.
     pub(super) strikes: Vec<String>,
-    /// Whether the first strike found its victim.
-    pub(super) hit: bool,
+    /// Whether the fault found its victim while the migration was under way.
+    pub(super) in_flight: bool,
     pub(super) outcome: Outcome,
     pub(super) doubled: bool,
     pub(super) corrupted: bool,
@@ -61,6 +61,8 @@ impl Round {
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct Counts {
     pub(super) rounds: u64,
+    /// Rounds in which the fault struck while the migration was under way.
+    pub(super) in_flight: u64,
     pub(super) completed: u64,
     pub(super) rolled_back: u64,
     pub(super) died_with_owner: u64,
@@ -91,6 +93,7 @@ impl Counts {
         times.sort_unstable();
         Counts {
             rounds: count(|_| true),
+            in_flight: count(|round| round.in_flight),
             completed: count(|round| round.outcome == Outcome::Completed),
             rolled_back: count(|round| round.outcome == Outcome::RolledBack),
             died_with_owner: count(|round| round.outcome == Outcome::DiedWithOwner),
@@ -153,10 +156,11 @@ impl Ledger {
         let mut text = format!(
             "# Chaos on real guests\n\nWritten by `cargo xtask chaos --rounds {} --seed {} --markdown`.\n\n\
              {machine}; commit {commit}; {} rounds, {:.0} s each on average. What a round does and checks is said \
-             in `xtask/src/chaos/mod.rs`. Times are from the end of the last fault to a settled state: both agents agree, nothing is under \
+             in `xtask/src/chaos/mod.rs`. *In flight*: the fault found its victim while the migration was under way; \
+             otherwise it came too early or too late. Times are from the end of the last fault to a settled state: both agents agree, nothing is under \
              way, and one copy runs.\n\n\
-             | fault | rounds | completed | rolled back | died with owner | lost | doubled | corrupted | leftovers | \
-             recover failed | p50 ms | p99 ms |\n|---|---|---|---|---|---|---|---|---|---|---|---|\n",
+             | fault | rounds | in flight | completed | rolled back | died with owner | lost | doubled | corrupted | leftovers | \
+             recover failed | p50 ms | p99 ms |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|\n",
             self.counts.rounds,
             self.seed,
             self.counts.rounds,
@@ -172,6 +176,7 @@ impl Ledger {
 fn row(name: &str, counts: &Counts) -> String {
     let figures = [
         counts.rounds,
+        counts.in_flight,
         counts.completed,
         counts.rolled_back,
         counts.died_with_owner,
@@ -212,7 +217,7 @@ mod tests {
             fault: Fault::Cancel,
             direction: "a to b".into(),
             strikes: vec![],
-            hit: true,
+            in_flight: true,
             outcome,
             doubled: false,
             corrupted: false,

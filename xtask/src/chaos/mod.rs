@@ -131,7 +131,7 @@ fn carry_out(stage: &mut Stage, plan: &Plan) -> Result<Round> {
         format!("{:?}", round.outcome),
         round.settled_ms,
         round.seconds,
-        if round.hit { "" } else { " (missed)" },
+        if round.in_flight { "" } else { " (missed)" },
         if round.recovered { " (recovered by hand)" } else { "" },
     );
     if round.has_failed() {

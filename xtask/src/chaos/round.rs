@@ -80,9 +80,9 @@ fn await_command_line(flight: &Flight, child: Child) {
 }
 
 fn entry(plan: &Plan, began: Instant, struck: &[Struck], settled: &Settled, verdict: Verdict) -> Round {
-    let hit = struck.iter().any(|struck| struck.fault == plan.fault && struck.hit);
+    let in_flight = struck.iter().any(|struck| struck.fault == plan.fault && struck.hit && struck.in_flight);
     Round {
-        hit,
+        in_flight,
         strikes: struck.iter().map(|struck| struck.what.clone()).collect(),
         outcome: verdict.outcome,
         doubled: verdict.doubled,
@@ -98,7 +98,7 @@ fn entry(plan: &Plan, began: Instant, struck: &[Struck], settled: &Settled, verd
 
 /// The machine wasn't as the round before had left it: it can't be moved, or isn't whole.
 fn unprepared(plan: &Plan, began: Instant, finding: String) -> Round {
-    Round { outcome: Outcome::Lost, findings: vec![finding], ..blank(plan, began) }
+    Round { recover_failed: true, findings: vec![finding], ..blank(plan, began) }
 }
 
 fn blank(plan: &Plan, began: Instant) -> Round {
@@ -107,7 +107,7 @@ fn blank(plan: &Plan, began: Instant) -> Round {
         fault: plan.fault,
         direction: format!("{} to {}", plan.from.name(), plan.to().name()),
         strikes: Vec::new(),
-        hit: false,
+        in_flight: false,
         outcome: Outcome::RolledBack,
         doubled: false,
         corrupted: false,

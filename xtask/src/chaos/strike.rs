@@ -11,8 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
-use godwit_sim::lab::Place;
+use anyhow::{Context, Result, bail};
+use godwit_sim::{lab::Place, qmp::Qmp};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -57,6 +57,8 @@ pub(super) struct Struck {
     pub(super) what: String,
     /// Whether there was something to strike.
     pub(super) hit: bool,
+    /// Whether its moment came, while the migration was under way.
+    pub(super) in_flight: bool,
     /// When it was over.
     pub(super) over: Instant,
     /// The records of source and target just before.
@@ -77,7 +79,14 @@ impl Flight<'_> {
         let late = if met { "" } else { ", late" };
         let [source, target] = records.each_ref().map(|record| record.as_deref().unwrap_or("none"));
         let what = format!("{strike}: at {} ms{late}, records {source}/{target}{said}", at.as_millis());
-        let struck = Struck { fault: strike.fault, what, hit: result.is_ok(), over: Instant::now(), records };
+        let struck = Struck {
+            fault: strike.fault,
+            what,
+            hit: result.is_ok(),
+            in_flight: met,
+            over: Instant::now(),
+            records,
+        };
         self.struck.lock().unwrap_or_else(PoisonError::into_inner).push(struck);
     }
 
@@ -151,10 +160,10 @@ impl Flight<'_> {
             Fault::Cancel => drop(source.godwit(&["cancel", MACHINE])),
             Fault::PowerOff => self.tell_guest("power off")?,
             Fault::Panic => self.tell_guest("panic")?,
-            Fault::Reset => drop(self.operate("system_reset")?),
-            Fault::OperatorStop => drop(self.operate("stop")?),
+            Fault::Reset => drop(self.operator()?.execute("system_reset", json!({}))?),
+            Fault::OperatorStop => self.pause()?,
             Fault::OperatorStopCont => {
-                self.operate("stop")?;
+                self.pause()?;
                 rest();
                 self.continue_paused()?;
             }
@@ -168,12 +177,21 @@ impl Flight<'_> {
         Ok(guest.progress.tell(order)?)
     }
 
-    /// Has the source's QEMU, or the target's if the machine has left, do something.
-    fn operate(&self, command: &str) -> Result<Place> {
+    /// The operator's monitor of the source's QEMU, or of the target's if the machine has left.
+    fn operator(&self) -> Result<Qmp> {
         let is_at_target = self.stage.watcher(self.plan.to()).is_running();
-        let place = if is_at_target { self.plan.to() } else { self.plan.from };
-        self.stage.operate(place)?.execute(command, json!({}))?;
-        Ok(place)
+        self.stage.operate(if is_at_target { self.plan.to() } else { self.plan.from })
+    }
+
+    /// Pauses the guest, unless it is stopped for the switch-over already: then the operator's word means nothing to QEMU.
+    fn pause(&self) -> Result<()> {
+        let mut monitor = self.operator()?;
+        monitor.execute("stop", json!({}))?;
+        let status = monitor.execute("query-status", json!({}))?;
+        if status["status"] != "paused" {
+            bail!("the guest is {} already", status["status"]);
+        }
+        Ok(())
     }
 
     /// Lets a guest go on that its operator paused. At neither host may he do so while the machine is between them, when

@@ -13,7 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use godwit_sim::{beats::Beat, lab::Place};
 use nix::unistd::Pid;
 use serde_json::json;
@@ -112,22 +112,26 @@ fn outcome(stage: &Stage, plan: &Plan, struck: &[Struck], agreement: Option<&Agr
     }
 }
 
-/// Whether a fault killed the QEMU that had the machine: the source's, at any time, if the target has none that is
-/// whole; the target's only once the guest had run there, or might have.
+/// Whether a fault killed the QEMU that had the machine: the source's, unless the target had it by then; the target's
+/// only once the guest had run there, or might have.
 fn owner_was_killed(stage: &Stage, plan: &Plan, struck: &[Struck]) -> bool {
-    struck.iter().filter(|struck| struck.hit).any(|struck| match struck.fault {
-        Fault::KillSourceQemu => true,
-        Fault::KillTargetQemu => {
-            let might_have_run =
-                ["mine", "owner"].contains(&struck.records[1].as_deref().unwrap_or_default());
-            might_have_run || !stage.watcher(plan.to()).seen().intervals.is_empty()
+    struck.iter().filter(|struck| struck.hit).any(|struck| {
+        let target_had_it =
+            struck.records[1].as_deref().is_some_and(|record| ["mine", "owner"].contains(&record));
+        match struck.fault {
+            Fault::KillSourceQemu => !target_had_it,
+            Fault::KillTargetQemu => target_had_it || !stage.watcher(plan.to()).seen().intervals.is_empty(),
+            _ => false,
         }
-        _ => false,
     })
 }
 
-/// The guest works, and its memory is what it wrote. One that its operator paused is continued first.
+/// The guest works, and its memory is what it wrote. One that its operator paused is paused, and is continued first.
 fn is_whole(stage: &mut Stage, struck: &[Struck], agreement: &Agreement) -> Result<()> {
+    let was_paused = struck.iter().any(|struck| struck.fault == Fault::OperatorStop && struck.hit);
+    if was_paused && agreement.state == "running" {
+        bail!("its operator paused the guest, and it runs");
+    }
     if agreement.state == "paused" {
         stage.operate(agreement.holder)?.execute("cont", json!({}))?;
     }
