@@ -297,6 +297,8 @@ mod tests {
             round_trip_ms: Some(20.1),
             predicted_downtime_ms: Some(31),
             wire_bytes: 168_000_000,
+            reconnections: 1,
+            repeated_bytes: 300_000,
             techniques: Techniques {
                 zero_pages: 60_000,
                 reference_pages: 4_000,

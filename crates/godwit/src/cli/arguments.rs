@@ -403,6 +403,7 @@ mod tests {
             "--inline",
             "--reconnect-timeout",
             "5s",
+            "--keep-partial",
         ]);
         let expected = Options {
             bandwidth_bytes_per_second: Some(10_000_000),
@@ -415,6 +416,7 @@ mod tests {
             early_announce: true,
             inline: true,
             reconnect_timeout_ms: 5_000,
+            keep_partial: true,
         };
         assert_eq!(options, Ok(expected));
     }
