@@ -1,5 +1,7 @@
 //! The agent as a service: what it tells its manager, its certificate while it runs, and life without root.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::{
     fs,
     os::unix::{fs::lchown, net::UnixDatagram},
