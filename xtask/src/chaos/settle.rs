@@ -110,7 +110,8 @@ fn is_final(plan: &Plan, agreement: &Agreement) -> Result<(), String> {
     match state {
         "off" => Ok(()),
         "running" if !plan.has(Fault::PowerOff) => Ok(()),
-        "paused" if may_be_paused => Ok(()),
+        // QEMU has no other way back from the end of a paused guest's migration than to run it.
+        "paused" | "postmigrate" if may_be_paused => Ok(()),
         _ => Err(format!("the machine is {state} at {}", agreement.holder.name())),
     }
 }

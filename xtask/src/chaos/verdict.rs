@@ -132,7 +132,7 @@ fn is_whole(stage: &mut Stage, struck: &[Struck], agreement: &Agreement) -> Resu
     if was_paused && agreement.state == "running" {
         bail!("its operator paused the guest, and it runs");
     }
-    if agreement.state == "paused" {
+    if agreement.state != "running" {
         stage.operate(agreement.holder)?.execute("cont", json!({}))?;
     }
     if struck.iter().any(|struck| struck.fault.reboots()) {
