@@ -38,6 +38,7 @@ use super::{
 use crate::{
     api::{Finding, FindingState, Migration},
     job::{self, Command, Event, Happening, Job, Outcome, Phase, Progress, Report, Role},
+    token::Store,
 };
 
 /// Finished migrations that are kept.
@@ -270,7 +271,7 @@ impl Agent {
     }
 
     fn has_record(&self, job: &Job) -> bool {
-        self.state.machine(&job.spec.name).path().join(crate::token::TOKEN_FILE).exists()
+        Store::open(self.state.machine(&job.spec.name).path()).load().is_ok_and(|record| record.is_some())
     }
 
     /// Puts the host in order after a worker's end. Returns the report as it is then: what the worker had to leave open
@@ -278,8 +279,9 @@ impl Agent {
     async fn put_in_order(&self, job: &Job, mut report: Report) -> Report {
         let name = &job.spec.name;
         let machine = self.state.machine(name);
+        let mut is_settled = true;
         if report.outcome != Outcome::Completed {
-            report = self.settle_rest(job, report).await;
+            (report, is_settled) = self.settle_rest(job, report).await;
         }
         match (job.role, report.outcome) {
             (Role::Source, Outcome::Completed) => {
@@ -297,29 +299,33 @@ impl Agent {
                     self.withdraw(&peer, &job.id).await;
                 }
             }
-            (Role::Target, Outcome::Cancelled | Outcome::Failed) => {
+            (Role::Target, Outcome::Cancelled | Outcome::Failed) if is_settled => {
                 let refused = ownership::of(&machine).is_ok_and(|known| known.holder != Holder::Here);
                 if refused || !self.has_record(job) {
                     self.abandon(name).await;
                 }
             }
-            (_, Outcome::Completed | Outcome::Unsettled) => {}
+            _ => {}
         }
         report
     }
 
     /// Settles what a worker left open, with some patience for a peer that still decides.
-    async fn settle_rest(&self, job: &Job, report: Report) -> Report {
+    async fn settle_rest(&self, job: &Job, report: Report) -> (Report, bool) {
+        let directory = self.state.migration(&job.id);
         let give_up_at = Instant::now() + SETTLE_FOR;
         loop {
             let finding = self.settle(&job.spec.name, None).await;
-            self.correct_reports(&job.spec.name, &finding);
-            if finding.state == FindingState::Settled || Instant::now() >= give_up_at {
-                break;
+            let is_settled = finding.state == FindingState::Settled;
+            // Of a machine that never got as far as a record nothing is known here.
+            if is_settled && self.has_record(job) {
+                self.correct_report(&directory, &finding);
+            }
+            if is_settled || Instant::now() >= give_up_at {
+                return (state::read_json(&directory.join(job::REPORT_FILE)).unwrap_or(report), is_settled);
             }
             sleep(SETTLE_EVERY).await;
         }
-        state::read_json(&self.state.migration(&job.id).join(job::REPORT_FILE)).unwrap_or(report)
     }
 
     /// Removes what an agent left that ended while it prepared an incoming machine: nobody will ever send to it.

@@ -299,7 +299,13 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Stat
         .open(&scratch)
         .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_data()))
         .and_then(|()| fs::rename(&scratch, path))
+        .and_then(|()| path.parent().map_or(Ok(()), sync_directory))
         .map_err(at(path))
+}
+
+/// Makes the names in a directory survive the host.
+fn sync_directory(directory: &Path) -> io::Result<()> {
+    File::open(directory)?.sync_all()
 }
 
 /// Makes a directory (and those above it) that only this user can read.
@@ -307,7 +313,11 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Stat
 /// # Errors
 /// What the file system says.
 pub(crate) fn make_private_dir(path: &Path) -> Result<(), StateError> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at(path))
+    if path.is_dir() {
+        return Ok(());
+    }
+    DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at(path))?;
+    path.parent().map_or(Ok(()), sync_directory).map_err(at(path))
 }
 
 fn list(path: &Path) -> Result<Vec<String>, StateError> {

@@ -9,7 +9,7 @@ use godwit_migration::handover::{Message, Record, RecordState, TargetEvent};
 use godwit_transport::identity::HostName;
 use tokio::time::{Instant, sleep, timeout};
 
-use super::{Agent, AgentError, lost, open, shell::Shell};
+use super::{Agent, AgentError, lost, open, shell::Shell, synced};
 use crate::{
     agent::{error::Refusal, machines, peers::HANDOVER_PATH, workers},
     api::{HandoverAnswer, HandoverRequest},
@@ -180,7 +180,7 @@ impl Agent {
         message: Message,
     ) -> Result<Option<Message>, AgentError> {
         let directory = self.state.machine(machine);
-        let record = Store::open(directory.path()).load()?;
+        let record = synced(&Store::open(directory.path()))?;
         // A machine that was never handed over is this host's.
         let record = record.or_else(|| directory.exists().then(Record::created));
         let mut shell = Shell::new(self, machine);

@@ -24,6 +24,7 @@ mod shell;
 
 use std::{
     collections::BTreeMap,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -38,7 +39,7 @@ use super::{
     machines,
     migrations::doing,
     ownership::{self, Holder},
-    state::MachineDir,
+    state::{self, MachineDir},
     workers,
 };
 use crate::{
@@ -46,7 +47,7 @@ use crate::{
     borrowed,
     job::{self, Job, Outcome, Report, Role},
     output::one_line,
-    token::Store,
+    token::{Store, TokenError},
 };
 
 /// How often the agent looks whether something is to be settled.
@@ -166,7 +167,9 @@ impl Agent {
     /// has just died, if that is why.
     pub(in crate::agent) async fn settle(&self, name: &str, ended: Option<&Job>) -> Finding {
         let directory = self.state.machine(name);
-        let record = match Store::open(directory.path()).load() {
+        let store = Store::open(directory.path());
+        // What a worker wrote last may not survive the host yet; what is built on it would.
+        let record = match synced(&store) {
             Ok(record) => record,
             Err(error) => {
                 return self.finding(name, one_line(&error), "nothing".to_owned(), FindingState::Failed);
@@ -210,26 +213,48 @@ impl Agent {
         Finding { name: name.to_owned(), found, did, state, at }
     }
 
-    /// Reports that had to say "unsettled" say what became of the machine.
-    pub(in crate::agent) fn correct_reports(&self, name: &str, finding: &Finding) {
+    /// Reports of a machine that had to say "unsettled" say what became of it.
+    fn correct_reports(&self, name: &str, finding: &Finding) {
         if finding.state != FindingState::Settled {
             return;
         }
         for id in self.state.migrations().unwrap_or_default() {
-            let path = self.state.migration(&id).join(job::REPORT_FILE);
-            let Ok(mut report) = super::state::read_json::<Report>(&path) else { continue };
-            if report.machine != name || report.outcome != Outcome::Unsettled {
-                continue;
-            }
-            let arrived = finding.at.as_deref() == Some(report.target.as_str());
-            report.outcome = if arrived { Outcome::Completed } else { Outcome::Failed };
-            report.machine_is_at.clone_from(&finding.at);
-            report.detail = Some(format!("settled later: {}", finding.did));
-            if let Err(error) = super::state::write_json(&path, &report) {
-                tracing::warn!(%error, "the report isn't corrected");
+            let directory = self.state.migration(&id);
+            let report = state::read_json::<Report>(&directory.join(job::REPORT_FILE));
+            if report.is_ok_and(|it| it.machine == name && it.outcome == Outcome::Unsettled) {
+                self.correct_report(&directory, finding);
             }
         }
     }
+
+    /// The report of the newest migration of a machine says where the machine is, now that this is known.
+    pub(in crate::agent) fn correct_report(&self, directory: &Path, finding: &Finding) {
+        let path = directory.join(job::REPORT_FILE);
+        let Ok(mut report) = state::read_json::<Report>(&path) else { return };
+        let arrived = finding.at.as_deref() == Some(report.target.as_str());
+        let outcome = match (arrived, report.outcome) {
+            (true, _) => Outcome::Completed,
+            (false, Outcome::Unsettled) => Outcome::Failed,
+            (false, outcome) => outcome,
+        };
+        if outcome == report.outcome {
+            return;
+        }
+        report.outcome = outcome;
+        report.machine_is_at.clone_from(&finding.at);
+        report.detail = Some(format!("settled later: {}", finding.did));
+        if let Err(error) = state::write_json(&path, &report) {
+            tracing::warn!(%error, "the report isn't corrected");
+        }
+    }
+}
+
+fn synced(store: &Store) -> Result<Option<Record>, TokenError> {
+    let record = store.load()?;
+    if record.is_some() {
+        store.sync()?;
+    }
+    Ok(record)
 }
 
 fn is_older(record: Option<&Record>, job: &Job) -> bool {

@@ -274,6 +274,7 @@ impl<'a> Control<'a> {
 }
 
 /// What it means that an action failed.
+#[derive(Debug, Clone, Copy)]
 enum Failing {
     /// The refusal isn't on disk, so it can't be said.
     Refusal,
@@ -315,6 +316,10 @@ impl Control<'_> {
             };
             if !instead.is_empty() {
                 return Box::pin(self.carry_out(instead)).await;
+            }
+            if matches!(failing, Failing::Record) {
+                // Nothing may be said that isn't on disk. The agent goes on from the record that is there.
+                return Err(error);
             }
             self.journal.warn(reason);
         }
