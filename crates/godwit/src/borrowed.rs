@@ -18,8 +18,12 @@ pub(crate) fn note(machine_dir: &Path, settings: &MigrationSettings) -> io::Resu
     }
     let path = machine_dir.join(BORROWED_FILE);
     let scratch = path.with_extension("new");
-    fs::write(&scratch, serde_json::to_vec(settings)?)?;
-    fs::rename(scratch, path)
+    let written =
+        fs::write(&scratch, serde_json::to_vec(settings)?).and_then(|()| fs::rename(&scratch, path));
+    if written.is_err() {
+        let _ = fs::remove_file(scratch);
+    }
+    written
 }
 
 /// What was written down, if anything was.

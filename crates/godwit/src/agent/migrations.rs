@@ -59,7 +59,11 @@ const EVENT_BYTES_MAX: u64 = 1 << 20;
 
 /// The migrations under way.
 #[derive(Debug, Default)]
-pub(super) struct Migrations(Mutex<BTreeMap<String, Tracked>>);
+pub(super) struct Migrations {
+    under_way: Mutex<BTreeMap<String, Tracked>>,
+    /// Reports of migrations that are over for which the disk had no room yet.
+    unwritten: Mutex<BTreeMap<String, Report>>,
+}
 
 #[derive(Debug)]
 struct Tracked {
@@ -99,7 +103,11 @@ impl Migrations {
     }
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Tracked>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn unwritten(&self) -> MutexGuard<'_, BTreeMap<String, Report>> {
+        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn watch(&self, id: &str) -> Option<watch::Receiver<News>> {
@@ -162,7 +170,8 @@ impl Agent {
         let news = match self.migrations.watch(id) {
             Some(news) => news.borrow().clone(),
             None => {
-                let report = state::read_json(&directory.join(job::REPORT_FILE)).ok();
+                let written = state::read_json(&directory.join(job::REPORT_FILE)).ok();
+                let report = written.or_else(|| self.migrations.unwritten().get(id).cloned());
                 News { phase: Phase::Done, report, ..News::default() }
             }
         };
@@ -264,10 +273,17 @@ impl Agent {
         let words = workers::last_words(directory).map(|words| format!(" (its last words: {words})"));
         let detail = format!("the worker died{}; the agent: {}", words.unwrap_or_default(), finding.did);
         let report = Report { detail: Some(detail), machine_is_at: at, ..job.report(outcome) };
-        if let Err(error) = state::write_json(&directory.join(job::REPORT_FILE), &report) {
-            tracing::warn!(%error, "no report written");
-        }
+        self.migrations.unwritten().insert(job.id.clone(), report.clone());
+        self.write_reports();
         report
+    }
+
+    /// Writes the reports for which the disk had no room before.
+    pub(super) fn write_reports(&self) {
+        self.migrations.unwritten().retain(|id, report| {
+            let written = state::write_json(&self.state.migration(id).join(job::REPORT_FILE), report);
+            written.inspect_err(|error| tracing::warn!(migration = id, %error, "no report written")).is_err()
+        });
     }
 
     fn has_record(&self, job: &Job) -> bool {

@@ -108,6 +108,7 @@ impl Agent {
                 delays.note(&name, finding.state, Instant::now());
             }
             self.repeat_orders(&mut delays).await;
+            self.write_reports();
         }
     }
 

@@ -7,8 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use godwit_qemu::qmp::{Client, MigrationSettings, MigrationState, QmpError, RunState};
+use godwit_qemu::qmp::{Client, Event, MigrationSettings, MigrationState, QmpError, RunState};
 use serde_json::{Map, json};
+use tokio::sync::broadcast;
 
 use crate::{borrowed, worker::stream_socket};
 
@@ -59,11 +60,15 @@ pub(super) struct Guest {
     saved: MigrationSettings,
     /// What it did when the migration began.
     pub(super) run_state: RunState,
+    /// What QEMU said since then.
+    pub(super) events: broadcast::Receiver<Event>,
 }
 
 impl Guest {
     /// Looks at the machine; changes nothing.
     pub(super) async fn inspect(monitor: Client, machine_dir: &Path) -> Result<Self, GuestError> {
+        // First, so that no change of the run state falls between the two.
+        let events = monitor.events();
         let status = monitor.query_status().await?;
         let movable = matches!(
             status.state,
@@ -88,7 +93,10 @@ impl Guest {
         let saved = monitor.migration_settings().await?;
         match CAPABILITIES.into_iter().find(|name| !saved.capabilities.contains_key(*name)) {
             Some(lacking) => Err(GuestError::Lacks(lacking)),
-            None => Ok(Self { monitor, machine_dir: machine_dir.to_owned(), saved, run_state: status.state }),
+            None => {
+                let (machine_dir, run_state) = (machine_dir.to_owned(), status.state);
+                Ok(Self { monitor, machine_dir, saved, run_state, events })
+            }
         }
     }
 

@@ -14,7 +14,7 @@ use godwit_migration::{
 };
 use godwit_qemu::{
     memory::ProcessMemory,
-    qmp::{Event, MigrationState},
+    qmp::{self, Event, MigrationState},
 };
 use godwit_transport::session::{Lane, Session, SessionError, Stats};
 use serde::Deserialize;
@@ -84,8 +84,13 @@ pub(super) enum Happened {
     SessionOver(Option<SessionError>),
     /// QEMU says something.
     Monitor(Event),
-    /// What QEMU's migration is now, asked because some of its events were missed.
-    Migration(MigrationState),
+    /// Some of QEMU's events were missed.
+    Missed {
+        /// What its migration is now.
+        migration: MigrationState,
+        /// What the guest does now.
+        does: Option<qmp::RunState>,
+    },
     /// QEMU's monitor ended: so did QEMU.
     QemuGone,
     /// The operator says something.
@@ -107,7 +112,6 @@ pub(super) struct Control<'a> {
     draft: &'a mut ReportDraft,
     clock: Clock,
     link_watch: LinkWatch,
-    qemu_events: broadcast::Receiver<Event>,
     /// What the guest does, as far as QEMU tells before it stops it for us.
     guest_does: RunState,
     session_over: bool,
@@ -178,7 +182,6 @@ impl<'a> Control<'a> {
             warned_of_stall: false,
         };
         Self {
-            qemu_events: guest.monitor.events(),
             guest_does: run_state(guest.run_state),
             pilot: Pilot::new(&job.options, learned::load(job.learned.as_deref()), pages_total),
             job,
@@ -240,12 +243,13 @@ impl<'a> Control<'a> {
                     Ok(None) => Happened::SessionOver(None),
                     Err(error) => Happened::SessionOver(Some(error)),
                 },
-                event = self.qemu_events.recv() => match event {
+                event = self.guest.events.recv() => match event {
                     Ok(event) => return Happened::Monitor(event),
                     // A QEMU that spins tells of thousands of passes a second.
                     Err(broadcast::error::RecvError::Lagged(_)) => {
                         if let Ok(migration) = self.guest.monitor.query_migrate().await {
-                            return Happened::Migration(migration.status);
+                            let does = self.guest.monitor.query_status().await.ok().map(|status| status.state);
+                            return Happened::Missed { migration: migration.status, does };
                         }
                     }
                     Err(broadcast::error::RecvError::Closed) => return Happened::QemuGone,
@@ -287,7 +291,13 @@ impl<'a> Control<'a> {
                 self.handover.apply(SourceEvent::LinkLost)
             }
             Happened::Monitor(event) => self.qemu_says(&event),
-            Happened::Migration(state) => self.migration_is(state),
+            Happened::Missed { migration, does } => {
+                // Any other state is QEMU's own, of the switch-over.
+                if let Some(does @ (qmp::RunState::Running | qmp::RunState::Paused)) = does {
+                    self.guest_now(run_state(does));
+                }
+                self.migration_is(migration)
+            }
             Happened::QemuGone => self.handover.apply(SourceEvent::QemuDied),
             Happened::Command(Command::Cancel) => {
                 self.cancelled = true;
