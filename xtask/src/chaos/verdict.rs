@@ -45,8 +45,7 @@ const RUNNING_FILES: [&str; 9] = [
     "console.sock",
 ];
 const OFF_FILES: [&str; 4] = ["spec.json", "token.json", "token-written.json", "qemu.log"];
-const MIGRATION_FILES: [&str; 7] =
-    ["job.json", "events.ndjson", "report.json", "worker.json", "worker.log", "worker.sock", "accept.sock"];
+const MIGRATION_FILES: [&str; 5] = ["job.json", "events.ndjson", "report.json", "worker.json", "worker.log"];
 
 /// What was found.
 #[derive(Debug)]

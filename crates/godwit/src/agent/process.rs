@@ -6,7 +6,7 @@
 
 use std::{
     fs, io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Child, Command},
     thread,
 };
@@ -120,31 +120,45 @@ fn permit_trace() -> Result<(), caps::errors::CapsError> {
 }
 
 /// Puts a process into a control group of its own, where that is permitted.
-///
-/// Returns the group's directory, to be removed when the process has ended.
-pub(crate) fn own_control_group(pid: u32, name: &str) -> Option<PathBuf> {
-    let memberships = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let candidates = memberships.lines().flat_map(|line| {
-        let mut parts = line.splitn(3, ':').skip(1);
-        let (controllers, path) = (parts.next().unwrap_or(""), parts.next().unwrap_or("/"));
-        let mounts: &[&str] = match controllers {
-            "" => &["", "unified"],
-            "memory" => &["memory"],
-            "cpu" | "cpu,cpuacct" => &["cpu"],
-            _ => &[],
-        };
-        let path = path.trim_start_matches('/').to_owned();
-        mounts.iter().map(move |mount| PathBuf::from("/sys/fs/cgroup").join(mount).join(&path))
-    });
-    candidates.filter(|group| group.join("cgroup.procs").exists()).find_map(|group| {
+pub(crate) fn own_control_group(pid: u32, name: &str) {
+    for group in control_groups() {
         let own = group.join(format!("godwit-{name}"));
-        fs::create_dir(&own).ok()?;
-        if fs::write(own.join("cgroup.procs"), pid.to_string()).is_err() {
-            let _ = fs::remove_dir(&own);
-            return None;
+        if fs::create_dir(&own).is_err() {
+            continue;
         }
-        Some(own)
-    })
+        if fs::write(own.join("cgroup.procs"), pid.to_string()).is_ok() {
+            return;
+        }
+        let _ = fs::remove_dir(&own);
+    }
+}
+
+/// Removes the control group that a process had to itself; it must have ended.
+pub(crate) fn remove_control_group(name: &str) {
+    for group in control_groups() {
+        let _ = fs::remove_dir(group.join(format!("godwit-{name}")));
+    }
+}
+
+/// The control groups of this process in which memory or processor time is accounted.
+fn control_groups() -> impl Iterator<Item = PathBuf> {
+    let memberships = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let candidates: Vec<PathBuf> = memberships
+        .lines()
+        .flat_map(|line| {
+            let mut parts = line.splitn(3, ':').skip(1);
+            let (controllers, path) = (parts.next().unwrap_or(""), parts.next().unwrap_or("/"));
+            let mounts: &[&str] = match controllers {
+                "" => &["", "unified"],
+                "memory" => &["memory"],
+                "cpu" | "cpu,cpuacct" => &["cpu"],
+                _ => &[],
+            };
+            let path = path.trim_start_matches('/');
+            mounts.iter().map(|mount| Path::new("/sys/fs/cgroup").join(mount).join(path)).collect::<Vec<_>>()
+        })
+        .collect();
+    candidates.into_iter().filter(|group| group.join("cgroup.procs").exists())
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! The worker processes: starting them, finding them again, handing them connections.
 
 use std::{
+    ffi::OsStr,
     fs,
     io::{self, IoSlice, Read, Seek, SeekFrom},
     net::TcpStream,
@@ -34,8 +35,6 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 const LOG_FILE: &str = "worker.log";
 /// How much of its end is looked at.
 const LAST_WORDS_BYTES_MAX: u64 = 1024;
-/// The directory of its control group.
-const GROUP_FILE: &str = "worker.group";
 /// Which process it is.
 const PROCESS_FILE: &str = "worker.json";
 
@@ -53,9 +52,7 @@ pub(super) fn spawn(directory: &Path, id: &str) -> Result<(), AgentError> {
         .stdout(log.try_clone().map_err(failed)?)
         .stderr(log);
     let mut child = process::spawn(command, Privilege::Trace).map_err(failed)?;
-    if let Some(group) = process::own_control_group(child.id(), id) {
-        let _ = fs::write(directory.join(GROUP_FILE), group.as_os_str().as_encoded_bytes());
-    }
+    process::own_control_group(child.id(), id);
     if let Some(process) = Process::of(child.id().cast_signed()) {
         state::write_json(&directory.join(PROCESS_FILE), &process)?;
     }
@@ -73,10 +70,8 @@ pub(super) async fn clear(directory: &Path) {
     for socket in [WORKER_SOCKET, ACCEPT_SOCKET] {
         let _ = fs::remove_file(directory.join(socket));
     }
-    let note = directory.join(GROUP_FILE);
-    if let Ok(group) = fs::read_to_string(&note) {
-        let _ = fs::remove_dir(group);
-        let _ = fs::remove_file(note);
+    if let Some(id) = directory.file_name().and_then(OsStr::to_str) {
+        process::remove_control_group(id);
     }
 }
 
