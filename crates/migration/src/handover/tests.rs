@@ -193,3 +193,48 @@ fn records_survive_their_file() {
     assert_eq!(json, r#"{"epoch":1,"state":"offered","peer":"b","stopped":"io-error"}"#);
     assert_eq!(serde_json::from_str::<Record>(&json).unwrap(), record);
 }
+
+#[test]
+fn a_source_whose_link_is_gone_for_good_says_so_at_once_and_still_hears() {
+    let mut source = given_source(RunState::Running);
+    assert_eq!(brief(&source.apply(SourceEvent::LinkLost)), ["Unsettled"]);
+    assert_eq!(brief(&source.apply(SourceEvent::Timeout)), [""; 0]);
+    let taken = Message::Taken { epoch: FIRST, resumed_unix_us: None };
+    let actions = source.apply(SourceEvent::PeerSays(taken));
+    assert_eq!(brief(&actions), ["given_away Behind", "KillQemu", "HandedOver"]);
+}
+
+#[test]
+fn a_lost_host_ends_its_copy_durably_before_it_says_so() {
+    let peer = || String::from("a");
+    let reclaimed =
+        record(RecordState::GivenAway { peer: "b".into(), run_state: RunState::Running, settled: false })
+            .reclaimed();
+    assert_eq!(reclaimed.may_run(true), Permission::Granted);
+    let order = || TargetEvent::PeerSays(Message::StandDown { epoch: reclaimed.epoch });
+    for state in [
+        RecordState::Owner { peer: Some(peer()) },
+        RecordState::Mine { peer: peer() },
+        RecordState::Taking { peer: peer(), start: true },
+        RecordState::Awaited { peer: peer() },
+        RecordState::Offered { peer: peer(), stopped: None },
+    ] {
+        let mut lost = Target::new(Some(record(state)), "a");
+        let actions = lost.apply(order());
+        assert_eq!(brief(&actions), ["refused Before", "KillQemu", "stood_down", "Refused"]);
+        let Action::Persist { record, .. } = &actions[0] else { panic!("{actions:?}") };
+        assert_eq!(record.may_run(true), Permission::Denied { holder: "a" });
+        // Asked again, it says so again; a token or an order of before means nothing to it.
+        let mut again = Target::new(Some(record.clone()), "a");
+        assert_eq!(brief(&again.apply(order()))[2], "stood_down");
+        let older = TargetEvent::PeerSays(Message::StandDown { epoch: FIRST });
+        assert_eq!(brief(&again.apply(older)), [""; 0]);
+    }
+}
+
+#[test]
+fn a_host_that_has_taken_over_does_not_stand_down_for_its_own_epoch() {
+    let owner = record(RecordState::Owner { peer: Some("b".into()) });
+    let mut target = Target::new(Some(owner), "b");
+    assert_eq!(brief(&target.apply(TargetEvent::PeerSays(Message::StandDown { epoch: FIRST }))), [""; 0]);
+}
