@@ -133,11 +133,13 @@ pub(crate) fn own_control_group(pid: u32, name: &str) {
     }
 }
 
-/// Removes the control group that a process had to itself; it must have ended.
-pub(crate) fn remove_control_group(name: &str) {
-    for group in control_groups() {
-        let _ = fs::remove_dir(group.join(format!("godwit-{name}")));
-    }
+/// Removes the control group that a process had to itself, and returns whether it is gone: the last threads of a killed
+/// process leave it a little later than the process ends.
+pub(crate) fn remove_control_group(name: &str) -> bool {
+    control_groups().map(|group| group.join(format!("godwit-{name}"))).fold(true, |gone, own| {
+        let removed = fs::remove_dir(&own).is_ok() || !own.exists();
+        gone && removed
+    })
 }
 
 /// The control groups of this process in which memory or processor time is accounted.

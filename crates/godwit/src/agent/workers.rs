@@ -64,14 +64,12 @@ pub(super) fn spawn(directory: &Path, id: &str) -> Result<(), AgentError> {
 /// started it may not live any more.
 pub(super) async fn clear(directory: &Path) {
     let give_up_at = Instant::now() + END_TIMEOUT;
-    while is_alive(directory) && Instant::now() < give_up_at {
+    let id = directory.file_name().and_then(OsStr::to_str).unwrap_or_default();
+    while (is_alive(directory) || !process::remove_control_group(id)) && Instant::now() < give_up_at {
         sleep(LOOK_EVERY).await;
     }
     for socket in [WORKER_SOCKET, ACCEPT_SOCKET] {
         let _ = fs::remove_file(directory.join(socket));
-    }
-    if let Some(id) = directory.file_name().and_then(OsStr::to_str) {
-        process::remove_control_group(id);
     }
 }
 
