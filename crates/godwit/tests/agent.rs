@@ -106,33 +106,56 @@ fn a_machine_that_dies_is_noticed() {
     host.godwit(&["vm", "run", &host.spec("web1", "")]).succeeds();
 }
 
+/// As an agent leaves it that dies after it has started QEMU: before it has noted the process, or after that and before it
+/// has started the worker.
 #[test]
 fn what_never_arrived_is_removed_by_the_next_agent() {
     let site = Site::new();
     let mut host = site.host("hosta", 0, "");
-    let spec = host.spec("web1", "extra = [\"-rtc\", \"base=utc\"]");
+    for is_noted in [false, true] {
+        let machine = host.godwit(&["vm", "run", &host.spec("web1", "")]).succeeds();
+        kill_pid(machine["pid"].as_i64().unwrap());
+        let directory = host.state().join("machines/web1");
+        eventually("its process is forgotten", || !directory.join("process.json").exists());
+        host.crash();
+        let mut qemu = Command::new("qemu-system-x86_64")
+            .args(["-machine", "pc", "-accel", "tcg", "-m", "16", "-nodefaults", "-display", "none", "-S"])
+            .args(["-incoming", "defer", "-pidfile"])
+            .arg(directory.join("qemu.pid"))
+            .spawn()
+            .unwrap();
+        eventually("QEMU is up", || directory.join("qemu.pid").exists());
+        fs::write(directory.join("starting.json"), json!({ "taps": [], "incoming": true }).to_string())
+            .unwrap();
+        if is_noted {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", qemu.id())).unwrap();
+            let started = stat.rsplit(')').next().unwrap().split_whitespace().nth(19).unwrap();
+            let process = json!({ "pid": qemu.id(), "started_ticks": started.parse::<u64>().unwrap() });
+            let running = json!({ "process": process, "taps": [], "adopted_qmp": null });
+            fs::write(directory.join("process.json"), running.to_string()).unwrap();
+        }
+        host.start();
+        eventually("nothing is left", || host.http("GET", "/v1/machines", "").1 == json!([]));
+        qemu.wait().unwrap();
+    }
+}
+
+/// The same for a machine of this host: it is off, and can be started.
+#[test]
+fn a_start_that_was_cut_short_is_undone_by_the_next_agent() {
+    let site = Site::new();
+    let mut host = site.host("hosta", 0, "");
+    let spec = host.spec("web1", "");
     let machine = host.godwit(&["vm", "run", &spec]).succeeds();
-    // As an agent leaves it that dies between starting QEMU and starting the worker.
-    let qmp = site.path("incoming.qmp");
-    let mut qemu = Command::new("qemu-system-x86_64")
-        .args(["-machine", "pc", "-accel", "tcg", "-m", "16", "-nodefaults", "-display", "none", "-S"])
-        .args(["-incoming", "defer", "-qmp"])
-        .arg(format!("unix:{},server=on,wait=off", qmp.display()))
-        .spawn()
-        .unwrap();
-    eventually("QEMU listens", || qmp.exists());
-    kill_pid(machine["pid"].as_i64().unwrap());
     host.crash();
-    let note = host.state().join("machines/web1/process.json");
-    let mut running: Value = serde_json::from_slice(&fs::read(&note).unwrap()).unwrap();
-    let stat = fs::read_to_string(format!("/proc/{}/stat", qemu.id())).unwrap();
-    let started: u64 = stat.rsplit(')').next().unwrap().split_whitespace().nth(19).unwrap().parse().unwrap();
-    running["process"] = json!({ "pid": qemu.id(), "started_ticks": started });
-    running["adopted_qmp"] = json!(qmp);
-    fs::write(&note, running.to_string()).unwrap();
+    let directory = host.state().join("machines/web1");
+    fs::rename(directory.join("process.json"), host.state().join("elsewhere")).unwrap();
+    fs::write(directory.join("starting.json"), json!({ "taps": [], "incoming": false }).to_string()).unwrap();
     host.start();
-    eventually("nothing is left", || host.http("GET", "/v1/machines", "").1 == json!([]));
-    qemu.wait().unwrap();
+    let process = format!("/proc/{}", machine["pid"]);
+    eventually("its QEMU is ended", || !std::path::Path::new(&process).exists());
+    eventually("it is off", || host.machine("web1", "state") == "off");
+    host.godwit(&["vm", "run", &spec]).succeeds();
 }
 
 #[test]

@@ -36,7 +36,7 @@ use super::{
     ownership::{self, Holder, Ownership},
     peers::{HANDOVER_PATH, INCOMING_PATH, ORDERS_PATH},
     reach,
-    state::{MachineDir, Running},
+    state::{MachineDir, Running, Starting},
     workers,
 };
 use crate::{
@@ -195,6 +195,7 @@ impl Agent {
     }
 
     async fn receive_into(&self, directory: &MachineDir, spec: &Spec) -> Result<Running, AgentError> {
+        directory.set_starting(&Starting { taps: Vec::new(), incoming: true })?;
         directory.create(spec)?;
         launch::start(self, spec.clone(), directory, true).await
     }

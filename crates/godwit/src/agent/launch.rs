@@ -1,8 +1,8 @@
 //! Starting QEMU for a machine, and clearing away what it leaves.
 //!
 //! ```text
-//! TAPs made ──► QEMU starts, daemonises ──► monitor answers ──► process and spec written down
-//!     └── any failure: QEMU killed, TAPs removed, nothing written ──┘
+//! note written ──► TAPs made ──► QEMU starts, daemonises ──► monitor answers ──► process and spec written down
+//!     └────── any failure: QEMU killed, TAPs removed, note removed; by the next agent, if this one died ──┘
 //! ```
 
 use std::{
@@ -19,9 +19,9 @@ use tokio::time::timeout;
 use super::{
     Agent,
     error::AgentError,
-    machines::{self, monitor},
+    machines::monitor,
     process::{self, Privilege, Process},
-    state::{MachineDir, Running},
+    state::{MachineDir, Running, Starting},
     taps,
 };
 
@@ -32,35 +32,37 @@ const COMPLAINT_CHARS_MAX: usize = 400;
 
 /// Starts the machine in its directory and writes down process and spec, with its versioned machine type.
 ///
-/// A failure leaves nothing behind but the directory.
+/// A failure leaves nothing behind but the directory; an agent that dies on the way leaves a note, by which the next one
+/// undoes what was begun ([`undo`]).
 pub(super) async fn start(
     agent: &Agent,
-    mut spec: Spec,
+    spec: Spec,
     directory: &MachineDir,
     incoming: bool,
 ) -> Result<Running, AgentError> {
-    let (taps, made) = make_taps(agent, &spec).await?;
-    let started = launch(agent, &spec, directory, taps, incoming).await;
-    let process = match started {
-        Ok(process) => process,
-        Err(error) => {
-            remove_taps(&made).await;
-            return Err(error);
-        }
-    };
-    let running = Running { process, taps: made, adopted_qmp: None };
-    let settled = async {
-        spec.machine = monitor(directory, &running).await?.machine_type().await?;
-        directory.create(&spec)?;
-        directory.set_running(&running)?;
-        Ok::<(), AgentError>(())
-    };
-    if let Err(error) = settled.await {
-        machines::end(directory, &running).await;
-        remove_taps(&running.taps).await;
-        directory.clear_running();
-        return Err(error);
+    let starting = Starting { taps: tap_names(agent, &spec), incoming };
+    directory.set_starting(&starting)?;
+    let started = bring_up(agent, spec, directory, &starting).await;
+    match &started {
+        Ok(_) if incoming => {}
+        Ok(_) => directory.set_started(),
+        Err(_) => undo(directory, &starting).await,
     }
+    started
+}
+
+async fn bring_up(
+    agent: &Agent,
+    mut spec: Spec,
+    directory: &MachineDir,
+    starting: &Starting,
+) -> Result<Running, AgentError> {
+    let taps = make_taps(&spec, &starting.taps).await?;
+    let process = launch(agent, &spec, directory, taps, starting.incoming).await?;
+    let running = Running { process, taps: starting.taps.clone(), adopted_qmp: None };
+    spec.machine = monitor(directory, &running).await?.machine_type().await?;
+    directory.create(&spec)?;
+    directory.set_running(&running)?;
     Ok(running)
 }
 
@@ -70,25 +72,40 @@ pub(super) async fn clear(directory: &MachineDir) {
         remove_taps(&running.taps).await;
     }
     directory.clear_running();
+    directory.set_started();
 }
 
-/// The TAPs of all cards, in order, and those of them that were made here.
-async fn make_taps(agent: &Agent, spec: &Spec) -> Result<(Vec<String>, Vec<String>), AgentError> {
-    let (mut all, mut made) = (Vec::new(), Vec::new());
-    for (index, net) in spec.net.iter().enumerate() {
-        let Some(bridge) = &net.bridge else {
-            all.extend(net.tap.clone());
-            continue;
-        };
-        let tap = taps::name(agent.config.name.as_str(), &spec.name, index);
-        if let Err(error) = taps::create(&tap, bridge, net.queues > 1).await {
-            remove_taps(&made).await;
-            return Err(error.into());
-        }
-        all.push(tap.clone());
-        made.push(tap);
+/// Undoes a start that an agent which died left half done: whatever QEMU was started ends, and its TAPs go.
+pub(super) async fn undo(directory: &MachineDir, starting: &Starting) {
+    let noted = directory.running().ok().flatten().map(|running| running.process);
+    for process in process::with_argument(&directory.files().pid_file()).into_iter().chain(noted) {
+        tracing::info!(pid = process.pid, "of a start that wasn't finished; ended");
+        process.kill();
     }
-    Ok((all, made))
+    remove_taps(&starting.taps).await;
+    clear(directory).await;
+}
+
+/// The names of the TAPs that are made for a machine, in the order of its bridged cards.
+fn tap_names(agent: &Agent, spec: &Spec) -> Vec<String> {
+    let bridged = spec.net.iter().enumerate().filter(|(_, net)| net.bridge.is_some());
+    bridged.map(|(index, _)| taps::name(agent.config.name.as_str(), &spec.name, index)).collect()
+}
+
+/// Makes the TAPs with these names; returns those of all cards, in order.
+async fn make_taps(spec: &Spec, names: &[String]) -> Result<Vec<String>, AgentError> {
+    let (mut all, mut names) = (Vec::new(), names.iter());
+    for net in &spec.net {
+        match (&net.bridge, &net.tap) {
+            (Some(bridge), _) => {
+                let Some(tap) = names.next() else { break };
+                taps::create(tap, bridge, net.queues > 1).await?;
+                all.push(tap.clone());
+            }
+            (None, tap) => all.extend(tap.clone()),
+        }
+    }
+    Ok(all)
 }
 
 async fn remove_taps(made: &[String]) {

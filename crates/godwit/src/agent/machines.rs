@@ -149,6 +149,7 @@ impl Agent {
         let mut ticks = interval(REAP_EVERY);
         loop {
             ticks.tick().await;
+            self.undo_unfinished_starts().await;
             for (name, directory) in self.state.machines().unwrap_or_default() {
                 let ended = directory.running().ok().flatten().is_some_and(|it| !it.process.is_alive());
                 if ended && let Ok(_claim) = self.busy.claim(&name, "it is being cleared away") {

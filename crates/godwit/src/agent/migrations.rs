@@ -18,7 +18,6 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use godwit_qemu::qmp::RunState;
 use tokio::{
     io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
     net::UnixStream,
@@ -33,7 +32,7 @@ use super::{
     launch, machines,
     machines::Claim,
     ownership::{self, Holder},
-    state, workers,
+    recovery, state, workers,
 };
 use crate::{
     api::{Finding, FindingState, Migration},
@@ -321,6 +320,7 @@ impl Agent {
                     self.abandon(name).await;
                 }
             }
+            (Role::Target, Outcome::Completed) => machine.set_started(),
             _ => {}
         }
         report
@@ -344,15 +344,26 @@ impl Agent {
         }
     }
 
-    /// Removes what an agent left that ended while it prepared an incoming machine: nobody will ever send to it.
-    pub(super) async fn remove_orphans(&self) {
-        for (name, machine) in self.state.machines().unwrap_or_default() {
-            let Ok(Some(running)) = machines::running(&machine) else { continue };
-            let Ok(_claim) = self.busy.claim(&name, "it is being looked at") else { continue };
-            let state = async { machines::monitor(&machine, &running).await?.query_status().await };
-            if state.await.is_ok_and(|status| status.state == RunState::Inmigrate) {
-                tracing::info!(machine = name, "never arrived; removed");
-                self.abandon(&name).await;
+    /// Undoes starts and arrivals that an agent which died left half done, once nothing of them is open any more.
+    pub(super) async fn undo_unfinished_starts(&self) {
+        for (name, machine) in self.state.known_machines().unwrap_or_default() {
+            let Some(starting) = machine.starting() else { continue };
+            let Ok(_claim) = self.busy.claim(&name, "a start that wasn't finished is being undone") else {
+                continue;
+            };
+            if recovery::is_open(&machine) {
+                continue;
+            }
+            let known = Store::open(machine.path()).load().ok().flatten().is_some();
+            let is_here = ownership::of(&machine).is_ok_and(|it| it.holder == Holder::Here);
+            match starting.incoming {
+                true if known && is_here => machine.set_started(),
+                true => {
+                    tracing::info!(machine = name, "never arrived; removed");
+                    launch::undo(&machine, &starting).await;
+                    self.abandon(&name).await;
+                }
+                false => launch::undo(&machine, &starting).await,
             }
         }
     }

@@ -154,7 +154,7 @@ impl Agent {
             .await
             .map_err(|source| StartError::Listen { address: self.config.listen.to_string(), source })?;
         self.resume_migrations();
-        self.remove_orphans().await;
+        self.undo_unfinished_starts().await;
         self.obey_orders().await;
         tokio::spawn(self.clone().keep_settling());
         tokio::spawn(self.clone().reap_machines());

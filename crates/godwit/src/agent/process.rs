@@ -50,6 +50,19 @@ impl Process {
     }
 }
 
+/// The processes that were started with this path as an argument; a machine's files tell its QEMU from all others.
+pub(crate) fn with_argument(argument: &Path) -> Vec<Process> {
+    let argument = argument.as_os_str().as_encoded_bytes();
+    let pids = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = pids.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    pids.filter(|pid: &i32| {
+        let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        arguments.split(|byte| *byte == 0).any(|other| other == argument)
+    })
+    .filter_map(Process::of)
+    .collect()
+}
+
 /// What a child may do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Privilege {

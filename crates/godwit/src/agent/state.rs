@@ -5,6 +5,7 @@
 //!            /accelerator.json            what the probe found (see `accelerator`)
 //!            /machines/<name>/spec.json   the machine
 //!                            /process.json  QEMU's process, its TAPs; absent while the machine is off
+//!                            /starting.json  while a start or an arrival isn't over
 //!                            /token.json token-written.json  who may run it (see `crate::token`)
 //!                            /qemu.pid qmp.sock qmp-migration.sock console.sock qemu.log
 //!            /migrations/<id>/…           see `crate::job`
@@ -27,11 +28,10 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::process::Process;
-use crate::{
-    borrowed, job,
-    token::{TOKEN_FILE, is_record_file},
-};
+use crate::{borrowed, job, token::is_record_file};
 
+/// The note of a start that isn't over.
+const STARTING_FILE: &str = "starting.json";
 /// No file of the state directory is read beyond this.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -170,6 +170,16 @@ pub(crate) struct Running {
     pub adopted_qmp: Option<PathBuf>,
 }
 
+/// What is written down before a machine is started, and stays until it runs here for good: what an agent that dies
+/// leaves of an unfinished start can then be found and undone.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Starting {
+    /// The TAPs that are to be made for it.
+    pub taps: Vec<String>,
+    /// It comes from another host, and isn't this host's before its record says so.
+    pub incoming: bool,
+}
+
 impl MachineDir {
     /// The directory.
     #[must_use]
@@ -206,6 +216,28 @@ impl MachineDir {
         read_json(&self.path().join("spec.json"))
     }
 
+    /// Writes down that the machine is about to be started.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub(crate) fn set_starting(&self, starting: &Starting) -> Result<(), StateError> {
+        make_private_dir(self.path())?;
+        write_json(&self.path().join(STARTING_FILE), starting)
+    }
+
+    /// A start that isn't over; a damaged note is one.
+    #[must_use]
+    pub(crate) fn starting(&self) -> Option<Starting> {
+        let path = self.path().join(STARTING_FILE);
+        let unknown = Starting { taps: Vec::new(), incoming: false };
+        path.exists().then(|| read_json(&path).unwrap_or(unknown))
+    }
+
+    /// The start is over: the machine runs here.
+    pub(crate) fn set_started(&self) {
+        let _ = fs::remove_file(self.path().join(STARTING_FILE));
+    }
+
     /// Its process, if it was started and hasn't been cleared away.
     ///
     /// # Errors
@@ -238,10 +270,14 @@ impl MachineDir {
     /// # Errors
     /// What the file system says.
     pub(crate) fn remove_all_but_token(&self) -> Result<(), StateError> {
-        if !self.path().join(TOKEN_FILE).exists() {
+        let entries: Vec<_> = match fs::read_dir(self.path()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(at(self.path()))?.flatten().collect(),
+        };
+        if !entries.iter().any(|entry| is_record_file(&entry.file_name())) {
             return self.remove();
         }
-        for entry in fs::read_dir(self.path()).map_err(at(self.path()))?.flatten() {
+        for entry in entries {
             if !is_record_file(&entry.file_name()) {
                 fs::remove_file(entry.path()).map_err(at(self.path()))?;
             }

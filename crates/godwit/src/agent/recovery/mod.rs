@@ -262,6 +262,11 @@ fn is_older(record: Option<&Record>, job: &Job) -> bool {
     record.is_none_or(|record| record.epoch.0 < job.epoch)
 }
 
+/// Whether anything is open of a machine that no worker looks after.
+pub(in crate::agent) fn is_open(directory: &MachineDir) -> bool {
+    open(directory).is_some()
+}
+
 /// What is open of a machine, by its record and by what is left of it.
 fn open(directory: &MachineDir) -> Option<Open> {
     let has_qemu = machines::running(directory).ok().flatten().is_some();
