@@ -14,6 +14,7 @@ use axum::{
     body::{Body as HttpBody, Bytes},
     extract::{FromRequest, Path, Request, State},
     http::header,
+    middleware,
     response::{IntoResponse, Response},
 };
 use serde::de::DeserializeOwned;
@@ -26,7 +27,7 @@ use tokio::{
 use utoipa::{OpenApi, openapi::OpenApi as Description};
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use super::{Agent, error::AgentError};
+use super::{Agent, detached::detached, error::AgentError};
 use crate::{
     api::{
         AdoptRequest, AssumeLost, BandwidthRequest, Health, Machine, MigrateRequest, Migration, Problem,
@@ -77,7 +78,11 @@ pub(crate) fn openapi() -> Description {
 /// The API.
 pub(super) fn router(agent: Arc<Agent>) -> Router {
     let (router, _) = described().split_for_parts();
-    router.fallback(nothing_there).method_not_allowed_fallback(nothing_there).with_state(agent)
+    router
+        .fallback(nothing_there)
+        .method_not_allowed_fallback(nothing_there)
+        .layer(middleware::from_fn(detached))
+        .with_state(agent)
 }
 
 async fn nothing_there(request: Request) -> Problem {

@@ -103,6 +103,8 @@ pub(super) enum AgentError {
     Qmp(#[from] QmpError),
     #[error("QEMU doesn't start: {0}")]
     Start(String),
+    #[error("the agent failed: {0}")]
+    Broken(String),
     #[error("QEMU {0}")]
     Stuck(String),
     #[error("{machine} still runs after {waited}; `godwit vm kill {machine}` ends it", waited = time_ms(timeout.as_millis() as f64))]

@@ -28,6 +28,7 @@ use super::{
     Agent, accelerator,
     admission::admit,
     api::Body,
+    detached::detached,
     error::{AgentError, Refusal},
     launch,
     machines::{Claim, running},
@@ -60,6 +61,7 @@ pub(super) fn router(agent: Arc<Agent>, peer: HostName) -> Router {
         .route(&format!("{INCOMING_PATH}/{{id}}"), delete(withdraw))
         .route(HANDOVER_PATH, post(hear))
         .route(ORDERS_PATH, get(orders))
+        .layer(middleware::from_fn(detached))
         .layer(middleware::from_fn_with_state(agent.clone(), admit))
         .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
         .layer(Extension(peer))

@@ -22,6 +22,7 @@ mod adoption;
 mod api;
 pub(crate) mod config;
 mod credentials;
+mod detached;
 mod error;
 mod incoming;
 mod launch;
