@@ -168,11 +168,7 @@ impl Agent {
         let job: Job = state::read_json(&directory.join(job::JOB_FILE))?;
         let news = match self.migrations.watch(id) {
             Some(news) => news.borrow().clone(),
-            None => {
-                let written = state::read_json(&directory.join(job::REPORT_FILE)).ok();
-                let report = written.or_else(|| self.migrations.unwritten().get(id).cloned());
-                News { phase: Phase::Done, report, ..News::default() }
-            }
+            None => News { phase: Phase::Done, report: self.report(id), ..News::default() },
         };
         let News { phase, progress, report, .. } = news;
         Ok(Migration {
@@ -272,9 +268,20 @@ impl Agent {
         let words = workers::last_words(directory).map(|words| format!(" (its last words: {words})"));
         let detail = format!("the worker died{}; the agent: {}", words.unwrap_or_default(), finding.did);
         let report = Report { detail: Some(detail), machine_is_at: at, ..job.report(outcome) };
-        self.migrations.unwritten().insert(job.id.clone(), report.clone());
-        self.write_reports();
+        self.keep_report(report.clone());
         report
+    }
+
+    /// The report of a migration that is over; the newest, written or not.
+    pub(super) fn report(&self, id: &str) -> Option<Report> {
+        let unwritten = self.migrations.unwritten().get(id).cloned();
+        unwritten.or_else(|| state::read_json(&self.state.migration(id).join(job::REPORT_FILE)).ok())
+    }
+
+    /// Writes a report, now or when there is room.
+    pub(super) fn keep_report(&self, report: Report) {
+        self.migrations.unwritten().insert(report.id.clone(), report);
+        self.write_reports();
     }
 
     /// Writes the reports for which the disk had no room before.
@@ -328,17 +335,20 @@ impl Agent {
 
     /// Settles what a worker left open, with some patience for a peer that still decides.
     async fn settle_rest(&self, job: &Job, report: Report) -> (Report, bool) {
-        let directory = self.state.migration(&job.id);
         let give_up_at = Instant::now() + SETTLE_FOR;
         loop {
             let finding = self.settle(&job.spec.name, None).await;
             let is_settled = finding.state == FindingState::Settled;
             // Of a machine that never got as far as a record nothing is known here.
-            if is_settled && self.has_record(job) {
-                self.correct_report(&directory, &finding);
+            if is_settled
+                && self.has_record(job)
+                && let Some(corrected) = recovery::corrected(report.clone(), &finding)
+            {
+                self.keep_report(corrected.clone());
+                return (corrected, true);
             }
             if is_settled || Instant::now() >= give_up_at {
-                return (state::read_json(&directory.join(job::REPORT_FILE)).unwrap_or(report), is_settled);
+                return (report, is_settled);
             }
             sleep(SETTLE_EVERY).await;
         }

@@ -123,6 +123,9 @@ pub(crate) enum WorkerError {
     /// The other worker didn't greet.
     #[error("the other host's worker doesn't greet")]
     NoWelcome,
+    /// The source won't come.
+    #[error("the source withdrew the migration")]
+    Withdrawn,
     /// The target's list of what it holds is wrong.
     #[error("the target says wrongly what it holds of an earlier migration")]
     Held,

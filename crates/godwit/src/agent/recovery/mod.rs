@@ -24,7 +24,6 @@ mod shell;
 
 use std::{
     collections::BTreeMap,
-    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -39,7 +38,7 @@ use super::{
     machines,
     migrations::doing,
     ownership::{self, Holder},
-    state::{self, MachineDir},
+    state::MachineDir,
     workers,
 };
 use crate::{
@@ -220,34 +219,30 @@ impl Agent {
             return;
         }
         for id in self.state.migrations().unwrap_or_default() {
-            let directory = self.state.migration(&id);
-            let report = state::read_json::<Report>(&directory.join(job::REPORT_FILE));
-            if report.is_ok_and(|it| it.machine == name && it.outcome == Outcome::Unsettled) {
-                self.correct_report(&directory, finding);
+            let unsettled = |it: &Report| it.machine == name && it.outcome == Outcome::Unsettled;
+            let report = self.report(&id).filter(unsettled);
+            if let Some(report) = report.and_then(|report| corrected(report, finding)) {
+                self.keep_report(report);
             }
         }
     }
+}
 
-    /// The report of the newest migration of a machine says where the machine is, now that this is known.
-    pub(in crate::agent) fn correct_report(&self, directory: &Path, finding: &Finding) {
-        let path = directory.join(job::REPORT_FILE);
-        let Ok(mut report) = state::read_json::<Report>(&path) else { return };
-        let arrived = finding.at.as_deref() == Some(report.target.as_str());
-        let outcome = match (arrived, report.outcome) {
-            (true, _) => Outcome::Completed,
-            (false, Outcome::Unsettled) => Outcome::Failed,
-            (false, outcome) => outcome,
-        };
-        if outcome == report.outcome {
-            return;
-        }
-        report.outcome = outcome;
-        report.machine_is_at.clone_from(&finding.at);
-        report.detail = Some(format!("settled later: {}", finding.did));
-        if let Err(error) = state::write_json(&path, &report) {
-            tracing::warn!(%error, "the report isn't corrected");
-        }
-    }
+/// The report of the newest migration of a machine, now that it is known where the machine is; `None` if it said so.
+pub(in crate::agent) fn corrected(report: Report, finding: &Finding) -> Option<Report> {
+    let arrived = finding.at.as_deref() == Some(report.target.as_str());
+    let outcome = match (arrived, report.outcome) {
+        (true, _) => Outcome::Completed,
+        (false, Outcome::Unsettled) => Outcome::Failed,
+        (false, outcome) => outcome,
+    };
+    let detail = Some(format!("settled later: {}", finding.did));
+    (outcome != report.outcome).then(|| Report {
+        outcome,
+        machine_is_at: finding.at.clone(),
+        detail,
+        ..report
+    })
 }
 
 fn synced(store: &Store) -> Result<Option<Record>, TokenError> {

@@ -80,7 +80,7 @@ async fn receive(
     job: &Job,
     directory: &Path,
     journal: &Journal,
-    commands: mpsc::Receiver<Command>,
+    mut commands: mpsc::Receiver<Command>,
     draft: &mut ReportDraft,
 ) -> Result<(), WorkerError> {
     journal.say(Happening::Phase { phase: Phase::Preparing });
@@ -99,8 +99,11 @@ async fn receive(
     let held = restore_partial(job, &map, &memory, journal).await;
     journal.say(Happening::Ready);
 
-    let session = accept(job, streams).await?;
-    let hello = greet(&session, job, &monitor, &map, held.len() as u64).await?;
+    let (session, hello) = tokio::select! {
+        met = meet(job, streams, &monitor, &map, held.len() as u64) => met?,
+        // It won't come; nobody need wait for it.
+        () = cancelled(&mut commands) => return Err(WorkerError::Withdrawn),
+    };
     send_held(&session, &held).await?;
     let store = Store::open(&job.machine_dir);
     let handover = Target::new(store.load()?, &job.peer);
@@ -187,6 +190,30 @@ async fn open_stream(monitor: &qmp::Client, path: &Path) -> Result<UnixStream, W
     // Nobody else needs to find it.
     let _ = std::fs::remove_file(path);
     stream.map_err(|source| WorkerError::Socket { what: "the stream of the incoming QEMU", source })
+}
+
+/// Waits for the source and its hello.
+async fn meet(
+    job: &Job,
+    streams: mpsc::Receiver<tokio::net::TcpStream>,
+    monitor: &qmp::Client,
+    map: &MemoryMap,
+    held_pages: u64,
+) -> Result<(Session, Hello), WorkerError> {
+    let session = accept(job, streams).await?;
+    let hello = greet(&session, job, monitor, map, held_pages).await?;
+    Ok((session, hello))
+}
+
+/// Returns when the migration is cancelled before its source has come.
+async fn cancelled(commands: &mut mpsc::Receiver<Command>) {
+    loop {
+        match commands.recv().await {
+            Some(Command::Cancel) => return,
+            Some(_) => {}
+            None => std::future::pending().await,
+        }
+    }
 }
 
 async fn accept(job: &Job, streams: mpsc::Receiver<tokio::net::TcpStream>) -> Result<Session, WorkerError> {
