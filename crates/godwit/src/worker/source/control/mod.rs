@@ -446,8 +446,10 @@ impl<'a> Control<'a> {
             Verdict::Continue => self.clock.stalled_since = None,
         }
         if !is_there {
-            // What the policy said was of a link that carries.
-            self.stop.is_wanted = self.stop.came_by_itself;
+            if self.link_watch.silent_ms(std::time::Instant::now()).is_some() {
+                // What the policy said was of a link that carries.
+                self.stop.is_wanted = self.stop.came_by_itself;
+            }
             return vec![];
         }
         if self.stop.is_wanted && self.handover.is_ready() {
