@@ -10,10 +10,6 @@ use crate::quantity::{size, time_ms};
 
 /// Nothing heard for so long is worth a word.
 const SILENCE: Duration = Duration::from_secs(2);
-/// Heard within this time, an idle link is taken for good.
-const HEARTBEATS: Duration = Duration::from_millis(1_500);
-/// Acknowledgements of what is in flight come within four round trips and this.
-const ACKNOWLEDGEMENT: Duration = Duration::from_millis(250);
 /// A target that is heard but takes nothing is worth a word after this.
 const STALL: Duration = Duration::from_secs(5);
 
@@ -70,14 +66,6 @@ impl LinkWatch {
         self.silent_since
             .map(|since| u64::try_from(now.duration_since(since).as_millis()).unwrap_or(u64::MAX))
     }
-
-    /// Whether the target is there: a guest stopped while it isn't would stand still for as long as that lasts.
-    pub(super) fn is_there(stats: &Stats, now: Instant) -> bool {
-        let Some(heard_at) = stats.heard_at else { return false };
-        let silence = now.duration_since(heard_at);
-        let due = ACKNOWLEDGEMENT + stats.smoothed_rtt.unwrap_or_default() * 4;
-        silence < HEARTBEATS && (stats.in_flight_bytes == 0 || silence < due)
-    }
 }
 
 #[cfg(test)]
@@ -116,15 +104,5 @@ mod tests {
         assert_eq!(watch.stalled(at), 6 * SECOND);
         assert_eq!(watch.observe("hostb", &stats(at, 9, 2), at + SECOND / 2), None);
         assert_eq!(watch.stalled(at + SECOND / 2), Duration::ZERO);
-    }
-
-    #[test]
-    fn no_guest_is_stopped_for_a_target_that_may_be_gone() {
-        let start = Instant::now();
-        assert!(LinkWatch::is_there(&stats(start, 0, 0), start + SECOND));
-        assert!(LinkWatch::is_there(&stats(start, 9, 0), start + SECOND / 10));
-        assert!(!LinkWatch::is_there(&stats(start, 9, 0), start + SECOND / 2));
-        assert!(!LinkWatch::is_there(&stats(start, 0, 0), start + 2 * SECOND));
-        assert!(!LinkWatch::is_there(&Stats::default(), start));
     }
 }

@@ -398,7 +398,7 @@ impl<'a> Control<'a> {
         {
             return self.abort(format!("{} takes nothing any more", self.job.peer));
         }
-        let is_there = LinkWatch::is_there(&stats, now);
+        let is_there = self.link_watch.silent_ms(now).is_none();
         if self.stop.gate_opened.is_none() && !is_there {
             self.clock.last_sign_of_life = Instant::now();
         }
@@ -446,10 +446,8 @@ impl<'a> Control<'a> {
             Verdict::Continue => self.clock.stalled_since = None,
         }
         if !is_there {
-            if self.link_watch.silent_ms(std::time::Instant::now()).is_some() {
-                // What the policy said was of a link that carries.
-                self.stop.is_wanted = self.stop.came_by_itself;
-            }
+            // What the policy said was of a link that carries.
+            self.stop.is_wanted = self.stop.came_by_itself;
             return vec![];
         }
         if self.stop.is_wanted && self.handover.is_ready() {
