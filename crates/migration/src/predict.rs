@@ -18,6 +18,9 @@ const SIZE_MEMORY_BLOCKS: f64 = 4096.0;
 /// What a block is thought to take until one was seen. A delta is thought to be no better, so that a guest isn't
 /// stopped on a guess.
 const UNSEEN_BLOCK_BYTES: f64 = 2048.0;
+/// How many seen blocks that guess outweighs. The first deltas of a guest are no sample of it: they are of the few pages
+/// that it wrote while everything else went for the first time.
+const GUESS_WEIGHT_BLOCKS: f64 = 64.0;
 /// Weight of the newest of the dirty rates that are averaged.
 const RATE_WEIGHT: f64 = 0.3;
 /// Weight of the newest outcome in what is learned.
@@ -234,7 +237,7 @@ impl MeanSize {
     /// `blocks` more took `ratio` times what was expected.
     fn scale(&mut self, ratio: f64, blocks: f64) {
         if blocks > 0.0 {
-            let weight = blocks / (self.seen_blocks + blocks);
+            let weight = blocks / (GUESS_WEIGHT_BLOCKS + self.seen_blocks + blocks);
             // A run of blocks that cost nothing must not make all later ones free.
             self.bytes = (self.bytes * (1.0 + weight * (ratio - 1.0))).max(1.0);
             self.seen_blocks = (self.seen_blocks + blocks).min(SIZE_MEMORY_BLOCKS);
@@ -320,6 +323,15 @@ mod tests {
     }
 
     #[test]
+    fn a_first_batch_that_cost_nearly_nothing_promises_nothing() {
+        let mut predictor = predictor();
+        let backlog = Backlog { again_blocks: 7_700, ..Backlog::default() };
+        let guessed = predictor.pause(&backlog).memory_ms;
+        predictor.observe_batch(0, 64, 64 * 43);
+        assert!(predictor.pause(&backlog).memory_ms > guessed / 3.0);
+    }
+
+    #[test]
     fn writes_that_nobody_has_seen_yet_are_counted() {
         let mut predictor = predictor();
         for _ in 0..2_000 {
@@ -349,7 +361,9 @@ mod tests {
     #[test]
     fn remaining_time_grows_with_the_dirty_rate_and_has_no_end_beyond_the_link() {
         let mut predictor = predictor();
-        predictor.observe_batch(0, 64, 64 * 500);
+        for _ in 0..2_000 {
+            predictor.observe_batch(0, 64, 64 * 500);
+        }
         let backlog = Backlog { first_time_blocks: 10_000, ..Backlog::default() };
         let idle = predictor.remaining_ms(&backlog, 50.0).unwrap();
         predictor.observe_dirtying(0, 0);

@@ -93,45 +93,66 @@ impl GateSettings {
 /// Nothing is decided while the target lacks blocks that it never had: what such a block takes is a guess, so a
 /// prediction with many of them isn't to be relied on. Their number only falls, and the mover sends them first.
 ///
-/// After that, the gate remembers the shortest pause predicted so far and when it was. As long as shorter ones (by 5 %
-/// at least) keep coming within its patience of each other, there is something to wait for; its patience is
-/// `settle_ms` where the target is met, and `patience_ms` where it isn't. Then the gate takes what it can get: a pause
-/// no longer than `shortest × (1 + overdue / patience)`, where `overdue` is the time since patience ended. The price
-/// that it is ready to pay begins at the minimum and rises without limit, so that a stop is certain; with a guest that
-/// has a fixed working set it comes within a patience or two.
+/// After that, the gate remembers the shortest pause predicted lately (in the last four patiences) and when it was. As
+/// long as shorter ones (by 5 % at least) keep coming within its patience of each other, there is something to wait for;
+/// its patience is `settle_ms` where the target is met, and `patience_ms` where it isn't. Then the gate takes what it can
+/// get: a pause no longer than `shortest × (1 + overdue / patience)`, where `overdue` is the time since patience ended.
+/// The price that it is ready to pay begins at the minimum and rises without limit, so that a stop is certain; with a
+/// guest that has a fixed working set it comes within a patience or two. What is older than four patiences is forgotten,
+/// because a guest that has changed since then won't be had at that price again.
 #[derive(Debug, Clone)]
 pub struct Gate {
     settings: GateSettings,
-    shortest: Option<Shortest>,
+    /// The shortest lately, and behind it what will be once it is forgotten: longer and longer, later and later.
+    shortest: VecDeque<Pause>,
     /// When there was first something to decide.
     began_ms: Option<u64>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Shortest {
-    pause_ms: f64,
+struct Pause {
+    predicted_ms: f64,
     at_ms: u64,
 }
 
 impl Gate {
     /// How much shorter a pause has to be for patience to begin again.
     const WORTH_WAITING: f64 = 0.95;
-    /// After so many patiences in all, even a new shortest pause doesn't make it wait anew.
+    /// After so many patiences in all, even a new shortest pause doesn't make it wait anew. One is remembered for as long.
     const PATIENCES: u64 = 4;
 
     /// A gate that has seen nothing.
     pub fn new(settings: GateSettings) -> Self {
-        Self { settings, shortest: None, began_ms: None }
+        Self { settings, shortest: VecDeque::new(), began_ms: None }
     }
 
-    fn accepts(&mut self, sample: &Sample, shortest: Shortest, patience_ms: u64) -> bool {
-        let began_ms = *self.began_ms.get_or_insert(sample.now_ms);
+    /// Takes note of a pause; returns the shortest lately, unless it is this one.
+    fn shorter_than(&mut self, newest: Pause) -> Option<Pause> {
+        let memory_ms = self.settings.patience_ms * Self::PATIENCES;
+        while self.shortest.front().is_some_and(|pause| pause.at_ms + memory_ms < newest.at_ms) {
+            self.shortest.pop_front();
+        }
+        let first = self.shortest.front().copied();
+        let shortest = first.filter(|first| newest.predicted_ms >= first.predicted_ms * Self::WORTH_WAITING);
+        // The first may be a little longer than this one.
+        let kept = usize::from(shortest.is_some());
+        while self.shortest.len() > kept
+            && self.shortest.back().is_some_and(|pause| pause.predicted_ms >= newest.predicted_ms)
+        {
+            self.shortest.pop_back();
+        }
+        self.shortest.push_back(newest);
+        shortest
+    }
+
+    fn accepts(&mut self, newest: Pause, shortest: Pause, patience_ms: u64) -> bool {
+        let began_ms = *self.began_ms.get_or_insert(newest.at_ms);
         let overdue_since = (shortest.at_ms + patience_ms).min(began_ms + patience_ms * Self::PATIENCES);
-        let Some(overdue_ms) = sample.now_ms.checked_sub(overdue_since) else {
+        let Some(overdue_ms) = newest.at_ms.checked_sub(overdue_since) else {
             return false;
         };
         let premium = overdue_ms as f64 / patience_ms.max(1) as f64;
-        sample.predicted_pause_ms <= shortest.pause_ms * (1.0 + premium)
+        newest.predicted_ms <= shortest.predicted_ms * (1.0 + premium)
     }
 }
 
@@ -143,11 +164,10 @@ impl StopPolicy for Gate {
             } else {
                 (self.settings.patience_ms, StopReason::LocalMinimum)
             };
-            let newest = Shortest { pause_ms: sample.predicted_pause_ms, at_ms: sample.now_ms };
-            let shortest = *self.shortest.get_or_insert(newest);
-            if newest.pause_ms < shortest.pause_ms * Self::WORTH_WAITING {
-                self.shortest = Some(newest);
-            } else if self.accepts(sample, shortest, patience_ms) {
+            let newest = Pause { predicted_ms: sample.predicted_pause_ms, at_ms: sample.now_ms };
+            if let Some(shortest) = self.shorter_than(newest)
+                && self.accepts(newest, shortest, patience_ms)
+            {
                 return Verdict::Stop { reason };
             }
         }
