@@ -104,7 +104,7 @@ pub struct BlockVersion {
 }
 
 /// Whether every byte is zero; 128 bytes a step, because one OR a step hides the loads' latency.
-fn is_zero(bytes: &[u8]) -> bool {
+pub fn is_zero(bytes: &[u8]) -> bool {
     let (lines, rest) = bytes.as_chunks::<128>();
     let line_is_zero = |line: &[u8; 128]| {
         let (words, _) = line.as_chunks::<8>();

@@ -32,14 +32,20 @@ const COMPLAINT_CHARS_MAX: usize = 400;
 
 /// Starts the machine in its directory and writes down process and spec, with its versioned machine type.
 ///
-/// A failure leaves nothing behind but the directory; an agent that dies on the way leaves a note, by which the next one
-/// undoes what was begun ([`undo`]).
+/// A QEMU of this machine that is there already is left alone, and none is started beside it. A failure leaves nothing
+/// behind but the directory; an agent that dies on the way leaves a note, by which the next one undoes what was begun
+/// ([`undo`]).
 pub(super) async fn start(
     agent: &Agent,
     spec: Spec,
     directory: &MachineDir,
     incoming: bool,
 ) -> Result<Running, AgentError> {
+    // What fails from here on ends every QEMU that was started with this machine's pid file.
+    if let Some(process) = process::with_argument(&directory.files().pid_file()).first() {
+        let found = format!("process {} is a QEMU of it that this host doesn't know of", process.pid);
+        return Err(AgentError::Start(found));
+    }
     let starting = Starting { taps: tap_names(agent, &spec), incoming };
     directory.set_starting(&starting)?;
     let started = bring_up(agent, spec, directory, &starting).await;

@@ -122,11 +122,14 @@ impl Agent {
             }
             let message = Message::StandDown { epoch: order.epoch };
             let answer = self.say(&order.lost, &order.machine, message).await;
-            if let Ok(Some(Message::StoodDown { epoch })) = answer {
+            let state = if let Ok(Some(Message::StoodDown { epoch })) = answer {
                 tracing::info!(machine = order.machine, host = order.lost, "stood down");
                 forget_order(self, &order.machine, &order.lost, epoch);
-            }
-            delays.note(&key, FindingState::Waiting, Instant::now());
+                FindingState::Settled
+            } else {
+                FindingState::Waiting
+            };
+            delays.note(&key, state, Instant::now());
         }
     }
 

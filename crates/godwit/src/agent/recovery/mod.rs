@@ -28,6 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use futures_util::{StreamExt, future, stream};
 use godwit_migration::handover::{Record, RecordState};
 use tokio::time::{interval, timeout};
 
@@ -55,6 +56,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 const FIRST_DELAY: Duration = Duration::from_millis(500);
 /// But never later than this.
 const LONGEST_DELAY: Duration = Duration::from_secs(10);
+/// Machines that are looked after at the same time.
+const SETTLED_AT_ONCE_MAX: usize = 16;
 /// A worker that says nothing for so long is taken for dead when an operator asks.
 const WORKER_SILENCE: Duration = Duration::from_secs(5);
 /// How long a worker's end may take to be dealt with.
@@ -97,18 +100,26 @@ impl Agent {
         let mut ticks = interval(LOOK_EVERY);
         loop {
             ticks.tick().await;
-            for (name, directory) in self.state.known_machines().unwrap_or_default() {
-                if !delays.is_due(&name, Instant::now()) || open(&directory).is_none() {
-                    continue;
-                }
-                let Ok(_claim) = self.busy.claim(&name, "its hand-over is being settled") else { continue };
-                let finding = self.settle(&name, None).await;
-                self.correct_reports(&name, &finding);
-                delays.note(&name, finding.state, Instant::now());
+            let known = self.state.known_machines().unwrap_or_default();
+            let due = known
+                .into_iter()
+                .filter(|(name, directory)| delays.is_due(name, Instant::now()) && open(directory).is_some());
+            // A peer that doesn't answer mustn't keep the machines of others waiting.
+            let settling = due.map(|(name, _)| self.settle_if_idle(name)).collect::<Vec<_>>();
+            let settled = stream::iter(settling).buffer_unordered(SETTLED_AT_ONCE_MAX);
+            for (name, state) in settled.filter_map(future::ready).collect::<Vec<_>>().await {
+                delays.note(&name, state, Instant::now());
             }
             self.repeat_orders(&mut delays).await;
             self.write_reports();
         }
+    }
+
+    async fn settle_if_idle(&self, name: String) -> Option<(String, FindingState)> {
+        let _claim = self.busy.claim(&name, "its hand-over is being settled").ok()?;
+        let finding = self.settle(&name, None).await;
+        self.correct_reports(&name, &finding);
+        Some((name, finding.state))
     }
 
     /// Settles one machine, or all, now; says what was found and done.

@@ -12,7 +12,7 @@ use std::{
     path::Path,
 };
 
-use godwit_content::{BLOCK_BYTES, Held, HeldDigests};
+use godwit_content::{BLOCK_BYTES, Held, HeldDigests, is_zero};
 use godwit_qemu::memory::{PageIndex, ProcessMemory, ProcessMemoryError};
 use serde::{Deserialize, Serialize};
 
@@ -116,10 +116,10 @@ fn write(path: &Path, header: &Header, memory: &ProcessMemory) -> Result<(), Par
     first.resize(BLOCK_BYTES, b' ');
     file.write_all_at(&first, 0).map_err(at(path))?;
     each_chunk(memory, |pages, chunk| {
-        memory.read(pages.clone(), chunk)?;
-        for (page, content) in pages.zip(blocks(chunk)) {
+        memory.read(pages.iter().copied(), chunk)?;
+        for (page, content) in pages.iter().zip(blocks(chunk)) {
             if !is_zero(content) {
-                file.write_all_at(content, offset(page)).map_err(at(path))?;
+                file.write_all_at(content, offset(*page)).map_err(at(path))?;
             }
         }
         Ok(())
@@ -129,11 +129,10 @@ fn write(path: &Path, header: &Header, memory: &ProcessMemory) -> Result<(), Par
 
 fn read(path: &Path, file: &File, memory: &ProcessMemory) -> Result<Vec<HeldDigests>, PartialError> {
     let mut digests = Vec::new();
-    each_chunk(memory, |mut pages, chunk| {
-        let Some(first) = pages.next() else { return Ok(()) };
-        file.read_exact_at(chunk, offset(first)).map_err(at(path))?;
+    each_chunk(memory, |pages, chunk| {
+        file.read_exact_at(chunk, offset(pages[0])).map_err(at(path))?;
         // A page that was never touched stays so.
-        let indexed = (first.0..).map(PageIndex).zip(blocks(chunk).copied());
+        let indexed = pages.iter().copied().zip(blocks(chunk).copied());
         let (held, contents): (Vec<_>, Vec<[u8; BLOCK_BYTES]>) =
             indexed.filter(|(_, content)| !is_zero(content)).unzip();
         memory.write(held.into_iter(), contents.as_flattened())?;
@@ -155,43 +154,11 @@ fn read_header(file: &File) -> io::Result<Header> {
 /// Calls `take` with the pages of one chunk after the other, and a buffer for them.
 fn each_chunk(
     memory: &ProcessMemory,
-    mut take: impl FnMut(Pages, &mut [u8]) -> Result<(), PartialError>,
+    mut take: impl FnMut(&[PageIndex], &mut [u8]) -> Result<(), PartialError>,
 ) -> Result<(), PartialError> {
     let mut buffer = vec![0; CHUNK_PAGES * BLOCK_BYTES];
-    let mut first = 0;
-    while first < memory.pages() {
-        let count = (memory.pages() - first).min(CHUNK_PAGES as u64) as usize;
-        take(Pages { next: first, count }, &mut buffer[..count * BLOCK_BYTES])?;
-        first += count as u64;
-    }
-    Ok(())
-}
-
-/// A run of pages.
-#[derive(Debug, Clone)]
-struct Pages {
-    next: u64,
-    count: usize,
-}
-
-impl Iterator for Pages {
-    type Item = PageIndex;
-
-    fn next(&mut self) -> Option<PageIndex> {
-        self.count = self.count.checked_sub(1)?;
-        self.next += 1;
-        Some(PageIndex(self.next - 1))
-    }
-
-    fn size_hint(&self) -> (usize, Option<usize>) {
-        (self.count, Some(self.count))
-    }
-}
-
-impl ExactSizeIterator for Pages {}
-
-fn is_zero(content: &[u8; BLOCK_BYTES]) -> bool {
-    content.iter().all(|byte| *byte == 0)
+    let pages: Vec<PageIndex> = (0..memory.pages()).map(PageIndex).collect();
+    pages.chunks(CHUNK_PAGES).try_for_each(|pages| take(pages, &mut buffer[..pages.len() * BLOCK_BYTES]))
 }
 
 fn blocks(chunk: &[u8]) -> impl Iterator<Item = &[u8; BLOCK_BYTES]> {
