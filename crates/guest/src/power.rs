@@ -1,4 +1,4 @@
-//! What a guest does to itself in the middle of a migration: it powers off, starts anew, or panics.
+//! What a guest does to itself in the middle of a migration: it powers off, starts anew, panics, or falls asleep.
 
 use nix::sys::reboot::{RebootMode, reboot};
 
@@ -26,6 +26,12 @@ pub(crate) fn panic() -> String {
     // Without this only some keys are obeyed.
     let _ = std::fs::write("/proc/sys/kernel/sysrq", "1");
     refused(std::fs::write("/proc/sysrq-trigger", "c"))
+}
+
+/// Suspends the guest to its memory. It says nothing when it wakes: whoever woke it knows.
+pub(crate) fn suspend() -> String {
+    std::fs::write("/sys/power/state", "mem")
+        .map_or_else(|error| format!("refused: {error}\n"), |()| String::new())
 }
 
 /// Where the guest is still there to answer, it was refused.

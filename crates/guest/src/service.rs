@@ -81,6 +81,7 @@ fn answer_checks(client: TcpStream, set: &Mutex<WorkingSet>) {
             "power off" => power::off(),
             "reset" => power::reset(),
             "panic" => power::panic(),
+            "suspend" => power::suspend(),
             _ => continue,
         };
         if writer.write_all(answer.as_bytes()).is_err() {

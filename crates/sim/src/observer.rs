@@ -142,7 +142,8 @@ impl Progress {
         lock(&self.samples).last().map_or(0, |sample| sample.writes)
     }
 
-    /// Tells the guest to do something to itself: `power off`, `reset` or `panic`. It may be gone before it answers.
+    /// Tells the guest to do something to itself: `power off`, `reset`, `panic` or `suspend`. It may be gone before it
+    /// answers.
     ///
     /// # Errors
     /// When the connection is gone.

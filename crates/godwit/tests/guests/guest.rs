@@ -80,6 +80,11 @@ impl Guest {
         self.plan.memory_mb << 20
     }
 
+    /// Tells it to do something to itself, such as `suspend`.
+    pub(crate) fn is_told(&self, order: &str) {
+        self.progress.tell(order).unwrap();
+    }
+
     /// It works, its connection lives, and its whole working set is what it ever wrote.
     pub(crate) fn goes_on(&self) {
         if self.plan.workload != "idle" {

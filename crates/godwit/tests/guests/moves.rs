@@ -79,7 +79,8 @@ fn move_and_compare(hosts: &Hosts, guest: &Guest, from: &Host, to: &Host, option
     target.execute("cont", json!({})).unwrap();
 }
 
-fn run_state(monitor: &mut Qmp) -> String {
+/// What QEMU says that its guest does.
+pub(crate) fn run_state(monitor: &mut Qmp) -> String {
     let status = monitor.execute("query-status", json!({})).unwrap();
     status["status"].as_str().unwrap().to_owned()
 }
