@@ -8,7 +8,7 @@ use godwit_transport::session::Versions;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::job::{Options, Phase, Progress, Report, Role};
+use crate::job::{OnStall, Options, Phase, Progress, Report, Role};
 
 /// The versions that agents speak among themselves; a release speaks its own and the one before.
 pub(crate) const AGENT_VERSIONS: Versions = Versions { lowest: 1, highest: 1 };
@@ -158,6 +158,14 @@ pub(crate) struct Migration {
 pub(crate) struct BandwidthRequest {
     /// Bytes per second; `null` lifts the limit.
     pub bytes_per_second: Option<u64>,
+}
+
+/// What to do from now on when the downtime target can't be met.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct OnStallRequest {
+    /// The new choice.
+    pub on_stall: OnStall,
 }
 
 /// One agent asks another to take a machine.

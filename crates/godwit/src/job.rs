@@ -127,6 +127,8 @@ pub(crate) struct Options {
     pub downtime_target_ms: u64,
     /// When to stop the guest.
     pub stop_policy: StopPolicyName,
+    /// What to do when the downtime target can't be met; everything but `switch` needs the stop policy `gate`.
+    pub on_stall: OnStall,
     /// Memory for delta bases at the source; `None`: a quarter of the guest's memory.
     pub base_limit_bytes: Option<u64>,
     /// Leave the machine paused at the target, whatever it did before.
@@ -159,6 +161,7 @@ impl Default for Options {
             bandwidth_bytes_per_second: None,
             downtime_target_ms: 50,
             stop_policy: StopPolicyName::Gate,
+            on_stall: OnStall::Switch,
             base_limit_bytes: None,
             leave_paused: false,
             verify: Verify::Digest,
@@ -179,6 +182,20 @@ pub(crate) enum StopPolicyName {
     Gate,
     /// CloudNet's Smart Stop: after pages sent and dirtied cross, the minimum over a sliding window.
     SmartStop,
+}
+
+/// What to do when the downtime target can't be met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum OnStall {
+    /// Go on until the target can be met, or the operator says otherwise.
+    Wait,
+    /// Slow the guest's virtual CPUs until the target can be met.
+    Throttle,
+    /// Stop the guest at about the shortest pause to be had.
+    Switch,
+    /// Give the migration up.
+    Cancel,
 }
 
 /// How the target's memory is checked before it may run.
@@ -207,6 +224,11 @@ pub(crate) enum Command {
     SetBandwidth {
         /// Bytes per second; `None` lifts the limit.
         bytes_per_second: Option<u64>,
+    },
+    /// Change what is done when the downtime target can't be met.
+    SetOnStall {
+        /// The new choice.
+        on_stall: OnStall,
     },
 }
 

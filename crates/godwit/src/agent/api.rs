@@ -30,8 +30,8 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{Agent, detached::detached, error::AgentError};
 use crate::{
     api::{
-        AdoptRequest, AssumeLost, BandwidthRequest, Health, Machine, MigrateRequest, Migration, Problem,
-        ProblemCode, RecoverRequest, Recovery, Removed, RunRequest, StopRequest,
+        AdoptRequest, AssumeLost, BandwidthRequest, Health, Machine, MigrateRequest, Migration,
+        OnStallRequest, Problem, ProblemCode, RecoverRequest, Recovery, Removed, RunRequest, StopRequest,
     },
     job::{self, Command, Event},
 };
@@ -67,6 +67,7 @@ fn described() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(cancel))
         .routes(routes!(recover))
         .routes(routes!(set_bandwidth))
+        .routes(routes!(set_on_stall))
 }
 
 /// The API's description.
@@ -255,6 +256,17 @@ async fn set_bandwidth(
         return Err(AgentError::Invalid("bytes_per_second: more than 0, or null for no limit".to_owned()));
     }
     agent.command(&id, &Command::SetBandwidth { bytes_per_second }).await.map(Json)
+}
+
+/// Change what a migration does when the downtime target can't be met
+#[utoipa::path(put, path = "/v1/migrations/{id}/on-stall", request_body = OnStallRequest, responses(
+    (status = OK, body = Migration), (status = NOT_FOUND, body = Problem), (status = CONFLICT, body = Problem)))]
+async fn set_on_stall(
+    State(agent): Shared,
+    Path(id): Path<String>,
+    Body(request): Body<OnStallRequest>,
+) -> Answer<Migration> {
+    agent.command(&id, &Command::SetOnStall { on_stall: request.on_stall }).await.map(Json)
 }
 
 /// A body that passes on what a reader gives, until it ends.

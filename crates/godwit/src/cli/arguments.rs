@@ -9,7 +9,7 @@ use godwit_transport::identity::HostName;
 use super::exit;
 use crate::{
     agent::config::{DEFAULT_CONFIG, DEFAULT_IDENTITY, DEFAULT_SOCKET},
-    job::{Options, RECONNECT_TIMEOUT_MS, StopPolicyName, Verify},
+    job::{OnStall, Options, RECONNECT_TIMEOUT_MS, StopPolicyName, Verify},
     quantity::{RateLimit, parse_rate, parse_rate_limit, parse_size, parse_time},
 };
 
@@ -71,6 +71,16 @@ pub(super) enum Verb {
         /// Like 80Mbit or 10MB/s; `none` lifts the limit
         #[arg(value_parser = parse_rate_limit)]
         rate: RateLimit,
+    },
+    /// Change what a migration under way does when the downtime target can't be met
+    #[command(after_help = "Examples:\n  godwit set-on-stall web1 switch\n  godwit set-on-stall web1 wait")]
+    SetOnStall {
+        /// A migration's id, or a machine's name
+        #[arg(value_name = "ID|VM")]
+        migration: String,
+        /// The new choice
+        #[arg(value_name = "CHOICE")]
+        on_stall: OnStall,
     },
     /// Show what each technique would save on a memory image or a captured migration stream
     Analyze(Analyze),
@@ -278,6 +288,9 @@ pub(super) struct Migrate {
     /// When to stop the guest
     #[arg(long, value_name = "POLICY", default_value = "gate")]
     stop_policy: StopPolicyName,
+    /// What to do when the downtime target can't be met
+    #[arg(long, value_name = "CHOICE", default_value = "switch")]
+    on_stall: OnStall,
     /// Memory for bases of deltas at this host [default: a quarter of the guest's memory]
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     base_limit: Option<u64>,
@@ -314,6 +327,7 @@ impl Migrate {
             bandwidth_bytes_per_second: self.bandwidth,
             downtime_target_ms: u64::try_from(self.downtime_target.as_millis()).unwrap_or(u64::MAX),
             stop_policy: self.stop_policy,
+            on_stall: self.on_stall,
             base_limit_bytes: self.base_limit,
             leave_paused: self.leave_paused,
             verify: self.verify,
@@ -392,6 +406,8 @@ mod tests {
             "30ms",
             "--stop-policy",
             "smart-stop",
+            "--on-stall",
+            "cancel",
             "--base-limit",
             "256M",
             "--leave-paused",
@@ -409,6 +425,7 @@ mod tests {
             bandwidth_bytes_per_second: Some(10_000_000),
             downtime_target_ms: 30,
             stop_policy: StopPolicyName::SmartStop,
+            on_stall: OnStall::Cancel,
             base_limit_bytes: Some(256 << 20),
             leave_paused: true,
             verify: Verify::Full,

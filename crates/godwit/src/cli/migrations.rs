@@ -1,4 +1,4 @@
-//! `godwit migrate`, `status`, `cancel` and `set-bandwidth`.
+//! `godwit migrate`, `status`, `cancel`, `set-bandwidth` and `set-on-stall`.
 
 use std::process::ExitCode;
 
@@ -9,7 +9,8 @@ use super::{
     watch::{self, Watched},
 };
 use crate::{
-    api::{BandwidthRequest, MigrateRequest, Migration, Problem, ProblemCode},
+    api::{BandwidthRequest, MigrateRequest, Migration, OnStallRequest, Problem, ProblemCode},
+    job::OnStall,
     output::{self, Output},
     quantity::{RateLimit, rate, size, time_ms},
 };
@@ -78,6 +79,25 @@ pub(super) async fn set_bandwidth(
     output.answer(&migration, |_| match limit.0 {
         Some(bytes) => format!("{id}: no more than {}", rate(bytes)),
         None => format!("{id}: no limit"),
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Changes what a migration does when the downtime target can't be met.
+pub(super) async fn set_on_stall(
+    client: &Client,
+    wanted: &str,
+    on_stall: OnStall,
+    output: Output,
+) -> Result<ExitCode, Failure> {
+    let id = find_running(client, wanted).await?;
+    let request = OnStallRequest { on_stall };
+    let migration: Migration = client.put(&format!("/v1/migrations/{id}/on-stall"), &request).await?;
+    output.answer(&migration, |_| match on_stall {
+        OnStall::Wait => format!("{id}: waits until the target can be met"),
+        OnStall::Throttle => format!("{id}: slows the guest if the target can't be met"),
+        OnStall::Switch => format!("{id}: stops at the shortest pause to be had if the target can't be met"),
+        OnStall::Cancel => format!("{id}: gives up if the target can't be met"),
     });
     Ok(ExitCode::SUCCESS)
 }

@@ -73,6 +73,9 @@ fn run(arguments: Arguments, output: Output) -> Result<ExitCode, Failure> {
         Verb::SetBandwidth { migration, rate } => {
             return block_on(migrations::set_bandwidth(&client, &migration, rate, output));
         }
+        Verb::SetOnStall { migration, on_stall } => {
+            return block_on(migrations::set_on_stall(&client, &migration, on_stall, output));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

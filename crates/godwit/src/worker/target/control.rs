@@ -217,7 +217,7 @@ impl<'a> Control<'a> {
             Happened::Command(Command::PeerSays { message }) => {
                 self.parts.handover.apply(TargetEvent::PeerSays(message))
             }
-            Happened::Command(Command::SetBandwidth { .. }) => vec![],
+            Happened::Command(Command::SetBandwidth { .. } | Command::SetOnStall { .. }) => vec![],
             Happened::Silence => self.parts.handover.apply(TargetEvent::Timeout),
         }
     }

@@ -313,6 +313,7 @@ impl<'a> Control<'a> {
                 self.session.set_bandwidth(bytes_per_second);
                 vec![]
             }
+            Happened::Command(Command::SetOnStall { .. }) => vec![],
             Happened::Tick => self.look(),
         }
     }
