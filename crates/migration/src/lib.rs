@@ -4,8 +4,11 @@
 //! | module | question it answers |
 //! |---|---|
 //! | [`mover`] | which blocks are owed, and which of them go next? |
+//! | [`forecast`] | what will it all take, said before the first byte? |
 //! | [`predict`] | how long would the pause be if the guest were stopped now? |
 //! | [`stop`] | is now the time to stop it? |
+//! | [`stall`] | and if there never is a good one? |
+//! | [`throttle`] | how slow has the guest to be then? |
 //! | [`handover`] | which host may run the machine, whatever crashes? |
 //! | [`wire`] | how do the two sides say all this to each other? |
 //!
@@ -14,10 +17,13 @@
 //! and byte counts in and carries out the actions that come back. So the same code runs in a worker process, under the
 //! model checker (`tests/handover_model.rs`) and in virtual time.
 
+pub mod forecast;
 pub mod handover;
 pub mod mover;
 pub mod predict;
+pub mod stall;
 pub mod stop;
+pub mod throttle;
 pub mod wire;
 
 pub use godwit_content::{BlockId, BlockVersion};
