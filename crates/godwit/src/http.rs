@@ -1,8 +1,14 @@
 //! One HTTP request over a stream that is already connected: a unix socket, or TLS to another agent.
 
+use std::convert::Infallible;
+
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Method, Request, Response, body::Incoming, header};
+use hyper::{
+    Method, Request, Response,
+    body::{Body, Incoming},
+    header,
+};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -39,19 +45,36 @@ pub(crate) async fn send<S>(
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    tokio::spawn(connection);
     let body = match body {
         Some(body) => serde_json::to_vec(body).map_err(|error| HttpError::Answer(error.to_string()))?,
         None => Vec::new(),
     };
+    send_body(stream, method, path, Full::new(Bytes::from(body))).await
+}
+
+/// The same with any body.
+///
+/// # Errors
+/// [`HttpError`].
+pub(crate) async fn send_body<S, B>(
+    stream: S,
+    method: Method,
+    path: &str,
+    body: B,
+) -> Result<Response<Incoming>, HttpError>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    B: Body<Data = Bytes, Error = Infallible> + Send + Unpin + 'static,
+{
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    tokio::spawn(connection);
     let request = Request::builder()
         .method(method)
         .uri(path)
         .header(header::HOST, "godwit")
         .header(header::CONTENT_TYPE, "application/json")
         .header(VERSIONS_HEADER, format!("{}-{}", AGENT_VERSIONS.lowest, AGENT_VERSIONS.highest))
-        .body(Full::new(Bytes::from(body)))
+        .body(body)
         .map_err(|error| HttpError::Answer(error.to_string()))?;
     let response = sender.send_request(request).await?;
     if response.status().is_success() {

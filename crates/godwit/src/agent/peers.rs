@@ -1,6 +1,9 @@
 //! Talking to the agents of other hosts: mutual TLS, and the host's name must be in its certificate.
 
-use std::{net::SocketAddr, time::Duration};
+use std::{
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
 use godwit_transport::{identity::HostName, route::Route, tls};
 use hyper::Method;
@@ -34,7 +37,7 @@ pub(super) const HANDOVER_PATH: &str = "/v1/handover";
 pub(super) const ORDERS_PATH: &str = "/v1/orders";
 
 /// Another host, looked up.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct PeerAgent {
     name: HostName,
     /// Where its agent listens.
@@ -110,7 +113,7 @@ impl Agent {
         body: Option<&(impl Serialize + Sync)>,
     ) -> Result<T, AgentError> {
         let stream = timeout(CONNECT_TIMEOUT, self.connect(peer)).await;
-        let stream = stream.map_err(|_| unreachable(&peer.name, "it doesn't answer".to_owned()))??;
+        let (stream, _) = stream.map_err(|_| unreachable(&peer.name, "it doesn't answer".to_owned()))??;
         let exchange = async { http::receive(http::send(stream, method, path, body).await?).await };
         match timeout(READY_TIMEOUT, exchange).await {
             Ok(Ok(answer)) => Ok(answer),
@@ -124,14 +127,21 @@ impl Agent {
         }
     }
 
-    async fn connect(&self, peer: &PeerAgent) -> Result<TlsStream<TcpStream>, AgentError> {
+    /// Connects, and says how long TCP's handshake took: a round trip.
+    pub(super) async fn connect(
+        &self,
+        peer: &PeerAgent,
+    ) -> Result<(TlsStream<TcpStream>, Duration), AgentError> {
         let failed = |error: &dyn std::error::Error| unreachable(&peer.name, one_line(error));
         let config = tls::client_config(&self.credentials.current().identity, &peer.name)
             .map_err(|error| failed(&error))?;
         let route = Route::Agent.server_name().map_err(|error| failed(&error))?;
+        let began = Instant::now();
         let stream = TcpStream::connect(peer.address).await.map_err(|error| failed(&error))?;
+        let round_trip = began.elapsed();
         let _ = stream.set_nodelay(true);
-        TlsConnector::from(config).connect(route, stream).await.map_err(|error| failed(&error))
+        let connected = TlsConnector::from(config).connect(route, stream).await;
+        Ok((connected.map_err(|error| failed(&error))?, round_trip))
     }
 }
 

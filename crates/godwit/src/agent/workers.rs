@@ -27,7 +27,7 @@ use crate::job::{ACCEPT_SOCKET, WORKER_SOCKET};
 
 /// The program that this process runs, even if its file was replaced by a newer version since: a worker is of its
 /// agent's version.
-const OWN_IMAGE: &str = "/proc/self/exe";
+pub(super) const OWN_IMAGE: &str = "/proc/self/exe";
 /// How long a worker that has written its report may take to end.
 const END_TIMEOUT: Duration = Duration::from_secs(5);
 const LOOK_EVERY: Duration = Duration::from_millis(10);

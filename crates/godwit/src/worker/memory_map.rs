@@ -26,13 +26,13 @@ pub(crate) enum MemoryMapError {
 
 /// The RAM blocks that travel page by page; their pages are numbered through, in this order.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct MemoryMap {
+pub(crate) struct MemoryMap {
     blocks: Vec<RamBlockAddress>,
 }
 
 impl MemoryMap {
     /// Asks QEMU.
-    pub(super) async fn of(monitor: &Client) -> Result<Self, MemoryMapError> {
+    pub(crate) async fn of(monitor: &Client) -> Result<Self, MemoryMapError> {
         let mut blocks = ramblock::parse(&monitor.hmp("info ramblock").await?)?;
         blocks.retain(|block| {
             block.used_bytes == block.total_bytes
@@ -66,7 +66,7 @@ impl MemoryMap {
     }
 
     /// Where the blocks are in QEMU's address space.
-    pub(super) fn ranges(&self) -> Vec<MemoryRange> {
+    pub(crate) fn ranges(&self) -> Vec<MemoryRange> {
         let range = |block: &RamBlockAddress| MemoryRange {
             host_address: block.host_address,
             bytes: block.used_bytes,

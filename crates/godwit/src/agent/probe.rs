@@ -1,0 +1,125 @@
+//! How fast the way to another host is: a bounded request that only takes time.
+//!
+//! ```text
+//!   connect ── the handshake's time is the round trip ──► POST of at most 1 MiB, 1 s ──► the peer says when what arrived
+//! ```
+//!
+//! The first half brings TCP up to speed and isn't counted.
+
+use std::{
+    convert::Infallible,
+    time::{Duration, Instant},
+};
+
+use axum::{
+    Json,
+    body::{Body, Bytes},
+};
+use futures_util::{StreamExt, stream};
+use http_body_util::StreamBody;
+use hyper::{Method, body::Frame};
+use serde::{Deserialize, Serialize};
+use tokio::time::timeout;
+
+use super::{Agent, peers::PeerAgent};
+use crate::{http, output::one_line};
+
+/// The path that measures.
+pub(super) const PROBE_PATH: &str = "/v1/probe";
+/// What is sent at most.
+const PROBE_BYTES: usize = 1 << 20;
+/// What is sent at once.
+const PIECE_BYTES: usize = 16 << 10;
+/// After so long the receiver has seen enough.
+const ENOUGH: Duration = Duration::from_secs(1);
+/// A probe that takes longer, connecting included, has failed.
+const GIVE_UP: Duration = Duration::from_secs(3);
+
+/// What the receiver of a probe saw.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Probed {
+    /// Of the second half; `None` if too little came.
+    pub(super) rate_bytes_per_second: Option<u64>,
+}
+
+/// The way to a peer.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Measured {
+    pub(super) rate_bytes_per_second: u64,
+    pub(super) round_trip_ms: f64,
+}
+
+impl Agent {
+    /// Measures the way to a peer; `None` if it can't be, or the peer doesn't want to.
+    pub(super) async fn probe(&self, peer: &PeerAgent) -> Option<Measured> {
+        match timeout(GIVE_UP, self.send_probe(peer)).await {
+            Ok(Ok(measured)) => measured,
+            Ok(Err(reason)) => {
+                tracing::info!(reason, "the way to the target can't be measured");
+                None
+            }
+            Err(_) => None,
+        }
+    }
+
+    async fn send_probe(&self, peer: &PeerAgent) -> Result<Option<Measured>, String> {
+        let (stream, round_trip) = self.connect(peer).await.map_err(|error| one_line(&error))?;
+        // What still waits to be sent once the answer has come is of no use.
+        let _ = stream.get_ref().0.set_zero_linger();
+        let pieces = stream::iter(0..PROBE_BYTES / PIECE_BYTES);
+        let pieces =
+            pieces.map(|_| Ok::<_, Infallible>(Frame::data(Bytes::from_static(&[0x5a; PIECE_BYTES]))));
+        let answer = http::send_body(stream, Method::POST, PROBE_PATH, StreamBody::new(pieces)).await;
+        let answer = answer.map_err(|error| one_line(&error))?;
+        let probed: Probed = http::receive(answer).await.map_err(|error| one_line(&error))?;
+        Ok(probed.rate_bytes_per_second.map(|rate_bytes_per_second| Measured {
+            rate_bytes_per_second,
+            round_trip_ms: round_trip.as_secs_f64() * 1e3,
+        }))
+    }
+}
+
+/// Takes a probe and says how fast it came.
+pub(super) async fn receive(body: Body) -> Json<Probed> {
+    let mut arrivals = Vec::new();
+    let (began, mut pieces, mut bytes) = (Instant::now(), body.into_data_stream(), 0);
+    let take = async {
+        while let Some(Ok(piece)) = pieces.next().await {
+            bytes += piece.len();
+            arrivals.push((began.elapsed(), bytes));
+            if bytes >= PROBE_BYTES {
+                break;
+            }
+        }
+    };
+    let _ = timeout(ENOUGH, take).await;
+    Json(Probed { rate_bytes_per_second: rate(&arrivals) })
+}
+
+/// Bytes a second in the second half of what arrived, by the times at which so many bytes were there.
+fn rate(arrivals: &[(Duration, usize)]) -> Option<u64> {
+    let (end, all) = *arrivals.last()?;
+    let (middle, half) = *arrivals.iter().find(|(_, bytes)| bytes * 2 >= all)?;
+    let seconds = (end.checked_sub(middle)?).as_secs_f64();
+    (seconds > 0.0).then(|| ((all - half) as f64 / seconds) as u64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_second_half_counts() {
+        let at = |ms, bytes| (Duration::from_millis(ms), bytes);
+        assert_eq!(rate(&[at(0, 10), at(900, 100), at(950, 150), at(1_000, 200)]), Some(1_000));
+        assert_eq!(rate(&[at(0, 10)]), None);
+        assert_eq!(rate(&[]), None);
+    }
+
+    #[tokio::test]
+    async fn what_is_too_long_is_not_read_to_its_end() {
+        let endless = stream::repeat_with(|| Ok::<_, Infallible>(Bytes::from_static(&[0; PIECE_BYTES])));
+        let Json(probed) = receive(Body::from_stream(endless)).await;
+        assert!(probed.rate_bytes_per_second.is_some());
+    }
+}
