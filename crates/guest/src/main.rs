@@ -9,6 +9,7 @@
 //! | `address=A.B.C.D` | the guest's address, 24 bits of prefix |
 //! | `observer=A.B.C.D:PORT` | where the beat goes; none without it |
 //! | `seed=N` | what is written, and where, follows from it |
+//! | `command=HEX` | a shell's command, as hexadecimal bytes since it may have blanks, run again and again |
 //!
 //! It knows nothing of migrations, may use nothing of the product, and must not catch up: time that a migration took
 //! from it is to show as writes that were never made.
@@ -44,6 +45,9 @@ fn main() {
     if networked {
         service::start(&set, order.observer);
     }
+    if let Some(command) = order.command {
+        std::thread::spawn(move || keep_running(&command));
+    }
     let pace = Arc::clone(&set);
     std::thread::spawn(move || service::keep_pace(&pace, workload));
     println!("{READY}");
@@ -57,6 +61,7 @@ struct Order {
     address: Option<Ipv4Addr>,
     observer: Option<SocketAddr>,
     seed: u64,
+    command: Option<String>,
 }
 
 impl Order {
@@ -70,6 +75,27 @@ impl Order {
             address: value("address").and_then(|text| text.parse().ok()),
             observer: value("observer").and_then(|text| text.parse().ok()),
             seed: value("seed").and_then(|text| text.parse().ok()).unwrap_or(1),
+            command: value("command").and_then(from_hexadecimal),
+        }
+    }
+}
+
+fn from_hexadecimal(text: &str) -> Option<String> {
+    let digits: Option<Vec<u32>> = text.chars().map(|digit| digit.to_digit(16)).collect();
+    let bytes =
+        digits?.chunks(2).map(|pair| pair.iter().fold(0, |byte, digit| byte * 16 + *digit as u8)).collect();
+    String::from_utf8(bytes).ok()
+}
+
+/// Runs a command, and again when it ends.
+fn keep_running(command: &str) -> ! {
+    loop {
+        match Command::new("/bin/sh").args(["-c", command]).status() {
+            Ok(status) if status.success() => {}
+            ended => {
+                eprintln!("{command}: {ended:?}");
+                std::thread::sleep(Duration::from_secs(1));
+            }
         }
     }
 }
@@ -99,8 +125,17 @@ mod tests {
                 address: Some(Ipv4Addr::new(10, 78, 0, 10)),
                 observer: Some(([10, 78, 0, 1], 9).into()),
                 seed: 1,
+                command: None,
             }
         );
         assert_eq!(Order::parse("").workload, "idle");
+    }
+
+    #[test]
+    fn a_command_comes_as_bytes() {
+        assert_eq!(Order::parse("command=6c73202d6c").command.as_deref(), Some("ls -l"));
+        for wrong in ["command=6x", "command=ls", "command=ff"] {
+            assert_eq!(Order::parse(wrong).command, None, "{wrong}");
+        }
     }
 }

@@ -96,6 +96,18 @@ impl GuestImage {
         let observer = observer.map(|observer| format!(" observer={observer}")).unwrap_or_default();
         format!("console=ttyS0 quiet panic=-1 workload={workload} address={address}{observer}")
     }
+
+    /// What to add to the kernel command line, which has room for 2,048 bytes in all, to have the guest run a shell's command
+    /// again and again.
+    ///
+    /// ```
+    /// # use godwit_sim::guest_image::GuestImage;
+    /// assert_eq!(GuestImage::command_word("ls -l"), " command=6c73202d6c");
+    /// ```
+    pub fn command_word(command: &str) -> String {
+        let digits: String = command.bytes().map(|byte| format!("{byte:02x}")).collect();
+        format!(" command={digits}")
+    }
 }
 
 /// Where guests' kernels and images are kept.

@@ -92,6 +92,13 @@ impl BeatListener {
         self.address
     }
 
+    /// Beats a second that came between `from` and `to`; `None`: that is no time.
+    pub fn rate(&self, from: SystemTime, to: SystemTime) -> Option<f64> {
+        let seconds = since(to, from).as_secs_f64();
+        let beats = lock(&self.arrivals).iter().filter(|at| (from..to).contains(*at)).count();
+        (seconds > 0.0).then(|| beats as f64 / seconds)
+    }
+
     /// The longest time without a beat between `from` and `to`.
     pub fn largest_gap(&self, from: SystemTime, to: SystemTime) -> Duration {
         let arrivals = lock(&self.arrivals);
