@@ -1,31 +1,22 @@
 //! One busy guest, one link, and whoever wants to move it: godwit, and QEMU alone in three ways. Or godwit alone, while
 //! things fail.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use godwit_sim::{guest_image::GuestImage, lab::Lab, link::Shape};
 
-use crate::setup;
+use crate::{
+    contest::{Contender, GODWIT, GUEST_MEMORY_MB, Load, Stage, hosts},
+    setup,
+};
 
 mod failures;
-mod godwit;
-mod hosts;
-mod outcome;
-mod plain_qemu;
 mod table;
-mod watch;
 
-use outcome::Outcome;
-
-/// The pause that godwit aims at, and that one of QEMU's contenders is given as its limit.
-const DOWNTIME_TARGET: Duration = Duration::from_millis(50);
-/// Memory of the guest.
-const GUEST_MEMORY_MB: u64 = 512;
+/// Who is compared.
+const CONTENDERS: [&str; 4] = [GODWIT, "qemu-precopy", "qemu-xbzrle", "qemu-xbzrle-downtime"];
 
 /// What is shown.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -52,25 +43,6 @@ pub(crate) struct Request {
     pub(crate) round_trip: u64,
 }
 
-/// Where a contender does its work.
-struct Stage<'a> {
-    lab: &'a Lab,
-    image: &'a GuestImage,
-    workload: &'a str,
-    migrate: &'a [String],
-    /// The program.
-    godwit: &'a Path,
-}
-
-type Contender = (&'static str, fn(&Stage) -> Result<Outcome>);
-
-const CONTENDERS: [Contender; 4] = [
-    (godwit::NAME, godwit::run),
-    ("qemu-precopy", |stage| plain_qemu::run(stage, &plain_qemu::PRECOPY)),
-    ("qemu-xbzrle", |stage| plain_qemu::run(stage, &plain_qemu::XBZRLE)),
-    ("qemu-xbzrle-downtime", |stage| plain_qemu::run(stage, &plain_qemu::XBZRLE_DOWNTIME)),
-];
-
 /// Runs the contenders one after the other and prints them side by side; or shows what happens when things fail.
 ///
 /// # Errors
@@ -79,15 +51,17 @@ pub(crate) fn run(request: &Request) -> Result<()> {
     setup::run()?;
     let image = GuestImage::ensure()?;
     let wanted = |name: &str| request.only.is_empty() || request.only.iter().any(|only| only == name);
-    let godwit = if wanted(godwit::NAME) { hosts::build()? } else { PathBuf::new() };
+    let godwit = if wanted(GODWIT) { hosts::build()? } else { PathBuf::new() };
     let round_trip = Duration::from_millis(request.round_trip);
     let lab = Lab::new(Shape::symmetric(request.rate, round_trip))?;
     let stage = Stage {
         lab: &lab,
         image: &image,
-        workload: &request.workload,
+        load: Load::Workload(&request.workload),
         migrate: &request.migrate,
         godwit: &godwit,
+        patience: 1,
+        compares_memories: true,
     };
     println!(
         "a {GUEST_MEMORY_MB} MB guest ({}), over {} Mbit/s with a round trip of {} ms",
@@ -101,9 +75,9 @@ pub(crate) fn run(request: &Request) -> Result<()> {
 
 fn compare(stage: &Stage, request: &Request, wanted: impl Fn(&str) -> bool) -> Result<()> {
     let mut outcomes = Vec::new();
-    for (name, contend) in CONTENDERS.into_iter().filter(|(name, _)| wanted(name)) {
+    for name in CONTENDERS.into_iter().filter(|name| wanted(name)) {
         println!("\n{name}");
-        outcomes.push(contend(stage).with_context(|| format!("{name} failed"))?);
+        outcomes.push(Contender::named(name)?.run(stage)?);
     }
     print!("\n{}", table::render(&outcomes, Duration::from_millis(request.round_trip)));
     println!("link emulator: {:.1} s of CPU", stage.lab.relay_statistics().cpu.as_secs_f64());

@@ -5,7 +5,9 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 use anyhow::Result;
 use clap::Parser;
 
+mod bench;
 mod chaos;
+mod contest;
 mod demo;
 mod fuzz;
 mod lab;
@@ -34,8 +36,11 @@ enum Task {
         #[arg(long)]
         long: bool,
     },
-    /// Run the benches.
-    Bench,
+    /// Run the benches: those of the crates, or the one that is named.
+    Bench {
+        #[command(subcommand)]
+        bench: Option<bench::Bench>,
+    },
     /// Check the map of the crates, and the sources for length and names.
     Tidy,
     /// Strike migrations of real guests with random faults, and check what must hold.
@@ -83,7 +88,8 @@ fn run(task: Task) -> Result<()> {
         Task::Setup => setup::run(),
         Task::Lab { rate, round_trip } => lab::run(rate, Duration::from_millis(round_trip)),
         Task::Test { long } => test::run(long),
-        Task::Bench => test::bench(),
+        Task::Bench { bench: None } => test::bench(),
+        Task::Bench { bench: Some(bench) } => bench::run(&bench),
         Task::Tidy => tidy::run(),
         Task::Chaos(request) => chaos::run(&request),
         Task::Fuzz(request) => fuzz::run(&request),

@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use godwit_sim::{beats::BeatRecorder, guest_image::GuestImage, lab::Place};
+use godwit_sim::{beats::BeatRecorder, lab::Place};
 use serde_json::{Value, json};
 
 use self::{
@@ -23,10 +23,10 @@ use self::{
     migration::{Migration, unix_ms},
     screen::{Screen, duration, grouped, megabytes},
 };
-use super::{
-    GUEST_MEMORY_MB, Request, Stage,
+use super::Request;
+use crate::contest::{
+    GUEST_MEMORY_MB, Stage,
     hosts::{Host, Hosts, MACHINE},
-    watch::GUEST_ADDRESS,
 };
 
 mod claims;
@@ -104,8 +104,7 @@ impl<'a> Show<'a> {
         ));
         let hosts = Hosts::start(stage)?;
         let recorder = BeatRecorder::start(stage.lab)?;
-        let command_line = GuestImage::command_line(stage.workload, GUEST_ADDRESS, Some(recorder.address()));
-        hosts.boot(stage.image, &command_line)?;
+        hosts.boot(stage.image, &stage.command_line(recorder.address()))?;
         let guest = Guest::meet(stage.lab, recorder)?;
         screen.demo("it has booted; a client outside both hosts follows its counter and its beat of 10 ms");
         sleep(BEFORE);

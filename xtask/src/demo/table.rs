@@ -2,7 +2,7 @@
 
 use std::{fmt::Write, time::Duration};
 
-use super::{godwit::NAME as GODWIT, outcome::Outcome};
+use crate::contest::{GODWIT, Outcome, Target};
 
 /// What godwit's figures may be, as a share of the best converged contender's.
 const WIRE_BYTES_SHARE: f64 = 0.5;
@@ -35,8 +35,7 @@ pub(super) fn render(outcomes: &[Outcome], round_trip: Duration) -> String {
     }
     for target in targets(outcomes, round_trip) {
         let verdict = if target.met() { "met" } else { "NOT MET" };
-        let value = target.value.map_or("unknown".into(), |value| format!("{value:.2}"));
-        let _ = writeln!(text, "{:<52}{value:>10}  {verdict}", target.text);
+        let _ = writeln!(text, "{:<52}{:>10}  {verdict}", target.text, target.shown());
     }
     text
 }
@@ -44,20 +43,7 @@ pub(super) fn render(outcomes: &[Outcome], round_trip: Duration) -> String {
 /// A figure to be compared, with the share of the best QEMU's that it may be.
 type Metric = (&'static str, f64, fn(&Outcome) -> Option<f64>);
 
-/// What godwit is to achieve; a figure that wasn't measured counts as missed.
-struct Target {
-    text: String,
-    value: Option<f64>,
-    limit: f64,
-    at_most: bool,
-}
-
-impl Target {
-    fn met(&self) -> bool {
-        self.value.is_some_and(|value| if self.at_most { value <= self.limit } else { value >= self.limit })
-    }
-}
-
+/// What godwit is to achieve.
 fn targets(outcomes: &[Outcome], round_trip: Duration) -> Vec<Target> {
     let Some(godwit) = outcomes.iter().find(|outcome| outcome.contender == GODWIT && outcome.converged)
     else {
@@ -74,21 +60,23 @@ fn targets(outcomes: &[Outcome], round_trip: Duration) -> Vec<Target> {
         let best = rivals.filter_map(metric).min_by(f64::total_cmp);
         if let Some(best) = best {
             let text = format!("{name}, share of the best QEMU: at most {limit}");
-            targets.push(Target { text, value: metric(godwit).map(|own| own / best), limit, at_most: true });
+            targets.push(Target::at_most(limit, metric(godwit).map(|own| own / best), text));
         }
     }
     let limit = (round_trip + DOWNTIME_OVER_ROUND_TRIP).as_secs_f64() * 1e3;
     let text = format!("downtime, ms: at most {limit}");
-    targets.push(Target { text, value: godwit.downtime_ms, limit, at_most: true });
-    let (text, value) =
-        (format!("guest progress, share of before: at least {LEAST_PROGRESS}"), godwit.guest_progress_ratio);
-    targets.push(Target { text, value, limit: LEAST_PROGRESS, at_most: false });
+    targets.push(Target::at_most(limit, godwit.downtime_ms, text));
+    let text = format!("guest progress, share of before: at least {LEAST_PROGRESS}");
+    targets.push(Target::at_least(LEAST_PROGRESS, godwit.guest_progress_ratio, text));
     targets
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::SystemTime;
+
     use super::*;
+    use crate::contest::{Prediction, Span};
 
     fn outcome(contender: &'static str, converged: bool, wire_bytes: u64, downtime_ms: f64) -> Outcome {
         Outcome {
@@ -100,6 +88,8 @@ mod tests {
             guest_progress_ratio: Some(0.9),
             memory_digest_equal: None,
             largest_beat_gap: Duration::from_millis(12),
+            span: Span { started: SystemTime::UNIX_EPOCH, ended: SystemTime::UNIX_EPOCH },
+            predicted: Prediction::default(),
         }
     }
 

@@ -9,10 +9,8 @@ use godwit_sim::{
     observer::Progress,
 };
 
-use super::{
-    super::watch::GUEST_ADDRESS,
-    screen::{duration, grouped},
-};
+use super::screen::{duration, grouped};
+use crate::contest::watch::GUEST_ADDRESS;
 
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 const CHECK_LIMIT: Duration = Duration::from_secs(60);

@@ -1,6 +1,7 @@
 //! Two hosts, each with an agent, driven by the command line as a user would.
 
 use std::{
+    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
     time::{Duration, Instant},
@@ -20,13 +21,15 @@ use serde_json::Value;
 use super::{GUEST_MEMORY_MB, Stage};
 
 /// The one machine.
-pub(super) const MACHINE: &str = "web1";
+pub(crate) const MACHINE: &str = "web1";
 const AGENT_PORT: u16 = 4577;
+/// In a host's directory.
+const EMULATOR: &str = "qemu";
 const START_LIMIT: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// Builds the program as it is shipped.
-pub(super) fn build() -> Result<PathBuf> {
+pub(crate) fn build() -> Result<PathBuf> {
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     let built = cargo
         .current_dir(workspace())
@@ -47,15 +50,15 @@ pub(super) fn build() -> Result<PathBuf> {
 }
 
 /// One host with its agent.
-pub(super) struct Host {
-    pub(super) place: Place,
+pub(crate) struct Host {
+    pub(crate) place: Place,
     directory: PathBuf,
     agent: Option<Process>,
 }
 
 impl Host {
     /// Starts its agent; [`Hosts::await_agent`] waits for it.
-    pub(super) fn start_agent(&mut self, lab: &Lab, program: &Path) -> Result<()> {
+    pub(crate) fn start_agent(&mut self, lab: &Lab, program: &Path) -> Result<()> {
         let mut agent = Command::new(program);
         agent.arg("agent").arg("--config").arg(self.directory.join("agent.toml"));
         self.agent = Some(lab.spawn(self.place, "agent", &mut agent, true)?);
@@ -63,14 +66,14 @@ impl Host {
     }
 
     /// Kills its agent (SIGKILL); machines and workers go on. Returns the process id that it had.
-    pub(super) fn kill_agent(&mut self) -> Result<u32> {
+    pub(crate) fn kill_agent(&mut self) -> Result<u32> {
         let mut agent = self.agent.take().context("there is no agent")?;
         agent.kill().context("cannot kill the agent")?;
         Ok(agent.id())
     }
 
     /// Kills the worker of a migration (SIGKILL). Returns the process id that it had.
-    pub(super) fn kill_worker(&self, migration: &str) -> Result<i32> {
+    pub(crate) fn kill_worker(&self, migration: &str) -> Result<i32> {
         let written = std::fs::read(self.migration(migration).join("worker.json"))?;
         let written: Value = serde_json::from_slice(&written)?;
         let worker = written["pid"].as_i64().and_then(|pid| pid.try_into().ok()).context("no worker")?;
@@ -79,23 +82,23 @@ impl Host {
     }
 
     /// What the host keeps of a migration.
-    pub(super) fn migration(&self, id: &str) -> PathBuf {
+    pub(crate) fn migration(&self, id: &str) -> PathBuf {
         self.directory.join("state/migrations").join(id)
     }
 }
 
 /// Both hosts.
-pub(super) struct Hosts {
-    pub(super) program: PathBuf,
-    pub(super) a: Host,
-    pub(super) b: Host,
+pub(crate) struct Hosts {
+    pub(crate) program: PathBuf,
+    pub(crate) a: Host,
+    pub(crate) b: Host,
     /// Options for `migrate`.
-    pub(super) options: Vec<String>,
+    pub(crate) options: Vec<String>,
 }
 
 impl Hosts {
     /// Makes an authority, gives both hosts their identity, and starts their agents.
-    pub(super) fn start(stage: &Stage) -> Result<Hosts> {
+    pub(crate) fn start(stage: &Stage) -> Result<Hosts> {
         let host = |place| -> Result<Host> {
             let directory = stage.lab.directory_of(place)?;
             Ok(Host { place, directory, agent: None })
@@ -111,6 +114,7 @@ impl Hosts {
             let other = if host.place == Place::A { Place::B } else { Place::A };
             let config = host.directory.join("agent.toml");
             std::fs::write(&config, agent_config(host, other, &stage.image.kernel))?;
+            write_emulator(host)?;
             host.start_agent(stage.lab, stage.godwit)?;
         }
         hosts.await_agent(&hosts.a)?;
@@ -127,7 +131,7 @@ impl Hosts {
     }
 
     /// Waits until a host's agent answers.
-    pub(super) fn await_agent(&self, host: &Host) -> Result<()> {
+    pub(crate) fn await_agent(&self, host: &Host) -> Result<()> {
         let started = Instant::now();
         loop {
             match self.ask(host, &["vm", "ls"]) {
@@ -142,7 +146,7 @@ impl Hosts {
     }
 
     /// Boots the machine at host a.
-    pub(super) fn boot(&self, image: &GuestImage, command_line: &str) -> Result<()> {
+    pub(crate) fn boot(&self, image: &GuestImage, command_line: &str) -> Result<()> {
         let file = self.a.directory.join("web1.toml");
         let (kernel, initrd) = (image.kernel.display(), image.initrd.display());
         let spec = format!(
@@ -155,7 +159,7 @@ impl Hosts {
     }
 
     /// Runs a verb of a host's agent and returns what it answers.
-    pub(super) fn ask(&self, host: &Host, arguments: &[&str]) -> Result<Value> {
+    pub(crate) fn ask(&self, host: &Host, arguments: &[&str]) -> Result<Value> {
         let output =
             self.command(host).arg("--json").args(arguments).output().context("cannot run godwit")?;
         if !output.status.success() {
@@ -166,7 +170,7 @@ impl Hosts {
     }
 
     /// A command for a host's agent.
-    pub(super) fn command(&self, host: &Host) -> Command {
+    pub(crate) fn command(&self, host: &Host) -> Command {
         let mut command = Command::new(&self.program);
         command.arg("--socket").arg(host.directory.join("agent.sock")).stdin(Stdio::null());
         command
@@ -192,6 +196,13 @@ impl Drop for Hosts {
     }
 }
 
+/// The emulator is QEMU that names the thread of the guest's processor, so that it can be told from the others.
+fn write_emulator(host: &Host) -> Result<()> {
+    let path = host.directory.join(EMULATOR);
+    std::fs::write(&path, "#!/bin/sh\nexec qemu-system-x86_64 \"$@\" -name debug-threads=on\n")?;
+    Ok(std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755))?)
+}
+
 /// A host's `agent.toml`: it trusts the other host, with the guests' bridge and image.
 fn agent_config(host: &Host, other: Place, kernel: &Path) -> String {
     let (name, address) = (host.place.name(), host.place.address());
@@ -199,7 +210,8 @@ fn agent_config(host: &Host, other: Place, kernel: &Path) -> String {
     let (peer, peer_address) = (other.name(), other.address());
     format!(
         "name = \"{name}\"\nstate_dir = \"{directory}/state\"\nsocket = \"{directory}/agent.sock\"\n\
-         listen = \"{address}:{AGENT_PORT}\"\nidentity_dir = \"{directory}/identity\"\n\n\
+         listen = \"{address}:{AGENT_PORT}\"\nidentity_dir = \"{directory}/identity\"\n\
+         emulator = \"{directory}/{EMULATOR}\"\n\n\
          [accept]\npaths = {{ \"{images}\" = \"{images}\" }}\n\
          bridges = {{ \"{GUEST_BRIDGE}\" = \"{GUEST_BRIDGE}\" }}\n\n\
          [peers.{peer}]\naddress = \"{peer_address}:{AGENT_PORT}\"\nmay_send = true\nmay_receive = true\n"

@@ -12,10 +12,10 @@ use godwit_sim::{
     observer::{BeatListener, Progress},
 };
 
-use super::outcome::Outcome;
+use super::{Load, Outcome, Prediction, Stage};
 
 /// Where the guest is.
-pub(super) const GUEST_ADDRESS: Ipv4Addr = FIRST_GUEST_ADDRESS;
+pub(crate) const GUEST_ADDRESS: Ipv4Addr = FIRST_GUEST_ADDRESS;
 /// How long the guest's pace is watched before anything happens to it.
 const BEFORE: Duration = Duration::from_secs(5);
 /// How long it is watched afterwards, so that its silence is seen to end and the last acknowledgements are counted.
@@ -28,21 +28,24 @@ pub(super) struct Watch<'a> {
     lab: &'a Lab,
     beat: BeatListener,
     progress: Progress,
+    /// The guest's program writes nothing, so that its pace is that of its beat.
+    paced_by_beat: bool,
 }
 
 /// The time from the request to the guest running at the target.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Span {
-    pub(super) started: SystemTime,
-    pub(super) ended: SystemTime,
+pub(crate) struct Span {
+    pub(crate) started: SystemTime,
+    pub(crate) ended: SystemTime,
 }
 
 impl<'a> Watch<'a> {
     /// Waits until the guest has booted and its pace is known.
-    pub(super) fn start(lab: &'a Lab, beat: BeatListener) -> Result<Watch<'a>> {
-        let progress = Progress::connect(&lab.namespace(Place::Lan), GUEST_ADDRESS, BOOT_LIMIT)
+    pub(super) fn start(stage: &Stage<'a>, beat: BeatListener) -> Result<Watch<'a>> {
+        let progress = Progress::connect(&stage.lab.namespace(Place::Lan), GUEST_ADDRESS, BOOT_LIMIT)
             .context("the guest has not booted")?;
-        let watch = Watch { lab, beat, progress };
+        let paced_by_beat = matches!(stage.load, Load::Command(_) | Load::Workload("idle"));
+        let watch = Watch { lab: stage.lab, beat, progress, paced_by_beat };
         sleep(BEFORE + AFTER);
         Ok(watch)
     }
@@ -55,8 +58,8 @@ impl<'a> Watch<'a> {
     /// Draws up the account of a contender.
     pub(super) fn outcome(&self, contender: &'static str, span: Span, before: WireBytes) -> Result<Outcome> {
         sleep(AFTER);
-        let usual = self.progress.rate(span.started - BEFORE, span.started);
-        let during = self.progress.rate(span.started, span.ended);
+        let usual = self.pace(span.started - BEFORE, span.started);
+        let during = self.pace(span.started, span.ended);
         Ok(Outcome {
             contender,
             converged: false,
@@ -69,7 +72,14 @@ impl<'a> Watch<'a> {
                 .filter(|ratio| ratio.is_finite()),
             memory_digest_equal: None,
             largest_beat_gap: self.beat.largest_gap(span.started, span.ended + AFTER / 2),
+            span,
+            predicted: Prediction::default(),
         })
+    }
+
+    /// Writes, or beats, a second.
+    fn pace(&self, from: SystemTime, to: SystemTime) -> Option<f64> {
+        if self.paced_by_beat { self.beat.rate(from, to) } else { self.progress.rate(from, to) }
     }
 
     /// Has the guest check its memory against all it ever wrote.

@@ -4,23 +4,38 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-/// The figures of one contender, as `--json` writes them.
+use super::Span;
+
+/// The figures of one contender, as the demo's `--json` writes them.
 #[derive(Debug, Clone, Serialize)]
 pub(crate) struct Outcome {
     pub(crate) contender: &'static str,
-    /// The guest runs at the target, within the time allowed.
+    /// The guest runs at the target, with all its memory, within the time allowed.
     pub(crate) converged: bool,
     /// Both directions, by the counters of the hosts' interfaces.
     pub(crate) wire_bytes: u64,
-    /// From the request to the guest running at the target, or until the time allowed was over.
+    /// From the request to the guest running at the target with all its memory, or until the time allowed was over.
     pub(crate) total_ms: f64,
     /// STOP at the source to RESUME at the target, by the events of both QEMUs.
     pub(crate) downtime_ms: Option<f64>,
-    /// The guest's writes a second during all of that, the pause included, as a share of those before.
+    /// The guest's pace during all of that, the pause included, as a share of that before.
     pub(crate) guest_progress_ratio: Option<f64>,
     /// godwit only: everything was verified, by its digests, by reading both memories again, and by the guest.
     pub(crate) memory_digest_equal: Option<bool>,
     /// The longest silence in the guest's beat of 10 ms, as the client heard it.
     #[serde(skip)]
     pub(crate) largest_beat_gap: Duration,
+    /// When it was under way.
+    #[serde(skip)]
+    pub(crate) span: Span,
+    /// What it said it would be, before it sent anything.
+    #[serde(skip)]
+    pub(crate) predicted: Prediction,
+}
+
+/// A forecast, as far as one was made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Prediction {
+    pub(crate) total_ms: Option<u64>,
+    pub(crate) wire_bytes: Option<u64>,
 }

@@ -1,0 +1,186 @@
+//! Benches: those of the crates, and godwit beside every way QEMU has to move the same guest over the same link.
+//!
+//! ```text
+//!  plan ──turn──► contest (a lab of its own, a fresh guest) ──run──► ledger ──► summary ──► table, page, plot
+//! ```
+//!
+//! Contenders take turns, so that a machine that becomes slower does so for all of them. A turn that broke is told and
+//! left out; the ledger keeps those that are done, and a bench that is started again does the rest.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Result, bail};
+use godwit_sim::{
+    guest_image::{GuestImage, workspace},
+    lab::Lab,
+    link::Shape,
+};
+
+use self::{
+    ledger::{Ledger, Run},
+    page::Circumstances,
+    plan::{Plan, Turn},
+    summary::Summary,
+};
+use crate::{
+    contest::{GUEST_MEMORY_MB, Load, Stage, cores::Cores, hosts},
+    setup,
+};
+
+mod ledger;
+mod page;
+mod plan;
+mod plot;
+mod summary;
+mod table;
+
+/// The page that a full bench writes, below the checkout; the plot lies beside it.
+const PAGE: &str = "docs/bench/migrate.md";
+/// The rate that contenders' times are made for; over slower links they have more.
+const USUAL_RATE_MBIT: u64 = 100;
+
+/// Which bench.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Bench {
+    /// Move the same guest over the same link by godwit and by every way QEMU has.
+    Migrate(Request),
+}
+
+/// What the command line asks for.
+#[derive(Debug, Clone, clap::Args)]
+pub(crate) struct Request {
+    /// Only medium and heavy; godwit and QEMU's best two (15 minutes).
+    #[arg(long)]
+    quick: bool,
+    /// Only medium, godwit and QEMU's best two; links of many rates and round trips (hours).
+    #[arg(long, conflicts_with_all = ["quick", "rate", "round_trip"])]
+    sweep: bool,
+    /// Only these contenders.
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    contenders: Vec<String>,
+    /// Only these workloads: idle, light, medium, heavy, harsh.
+    #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+    workloads: Vec<String>,
+    /// How often everybody has a turn.
+    #[arg(long, default_value_t = 3)]
+    rounds: u32,
+    /// Rate of the link, Mbit/s.
+    #[arg(long, default_value_t = USUAL_RATE_MBIT)]
+    rate: u64,
+    /// Round trip of the link, milliseconds.
+    #[arg(long, default_value_t = 20)]
+    round_trip: u64,
+    /// Run this in the guest instead of a workload, again and again (a shell's command); its progress is that of a beat.
+    #[arg(long, value_name = "CMD", conflicts_with_all = ["workloads", "sweep"])]
+    guest_command: Option<String>,
+    /// Keep the runs in this file; those that are in it already aren't run again.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Write the result for people to this file, and a plot beside it [default: docs/bench/migrate.md, if all is run].
+    #[arg(long, value_name = "FILE")]
+    page: Option<PathBuf>,
+    /// The program [default: a release build].
+    #[arg(long, value_name = "FILE")]
+    binary: Option<PathBuf>,
+}
+
+impl Request {
+    /// Whether everything is to be run, so that the result is what the docs show.
+    fn is_full(&self) -> bool {
+        let chosen =
+            !self.contenders.is_empty() || !self.workloads.is_empty() || self.guest_command.is_some();
+        !(self.quick || self.sweep || chosen)
+    }
+}
+
+/// Runs a bench.
+///
+/// # Errors
+/// When something is missing, or a turn broke.
+pub(crate) fn run(bench: &Bench) -> Result<()> {
+    let Bench::Migrate(request) = bench;
+    let plan = Plan::of(request)?;
+    setup::run()?;
+    let image = GuestImage::ensure()?;
+    let godwit = match &request.binary {
+        Some(binary) => binary.clone(),
+        None if plan.has_godwit() => hosts::build()?,
+        None => PathBuf::new(),
+    };
+    let arena = Arena { image, godwit, cores: Cores::reserve()?, commit: page::commit() };
+    let mut ledger = Ledger::open(request.json.as_deref())?;
+    let broken = arena.carry_out(&plan, &mut ledger)?;
+    let summary = Summary::of(&plan, ledger.runs());
+    print!("\n{}", table::render(&summary));
+    let standard = request.is_full().then(|| workspace().join(PAGE));
+    if let Some(path) = request.page.clone().or(standard) {
+        let circumstances = Circumstances::of(request, &plan, ledger.runs(), arena.cores.is_some());
+        page::write(&path, &summary, &circumstances)?;
+    }
+    if broken > 0 {
+        bail!("{broken} turns broke; run it again with the same --json to have only these again");
+    }
+    Ok(())
+}
+
+/// Where all turns take place.
+struct Arena {
+    image: GuestImage,
+    godwit: PathBuf,
+    cores: Option<Cores>,
+    commit: String,
+}
+
+impl Arena {
+    /// Takes all turns that the ledger hasn't; returns how many broke.
+    fn carry_out(&self, plan: &Plan, ledger: &mut Ledger) -> Result<usize> {
+        let turns = plan.turns();
+        let mut broken = 0;
+        for (index, turn) in turns.iter().enumerate() {
+            if ledger.has(turn) {
+                continue;
+            }
+            println!("\n{}/{} {turn}", index + 1, turns.len());
+            match self.take(turn) {
+                Ok(run) => {
+                    println!("  {run}");
+                    ledger.enter(run)?;
+                }
+                Err(error) => {
+                    println!("  {error:#}");
+                    broken += 1;
+                }
+            }
+        }
+        Ok(broken)
+    }
+
+    fn take(&self, turn: &Turn) -> Result<Run> {
+        let lab =
+            Lab::new(Shape::symmetric(turn.link.rate_mbit, Duration::from_millis(turn.link.round_trip_ms)))?;
+        let patience = USUAL_RATE_MBIT.div_ceil(turn.link.rate_mbit.max(1)).try_into().unwrap_or(u32::MAX);
+        let stage = Stage {
+            lab: &lab,
+            image: &self.image,
+            load: match &turn.guest_command {
+                Some(command) => Load::Command(command),
+                None => Load::Workload(&turn.workload),
+            },
+            migrate: &[],
+            godwit: &self.godwit,
+            patience,
+            compares_memories: false,
+        };
+        let Some(cores) = &self.cores else {
+            return Ok(Run::of(turn, &turn.contender.run(&stage)?, None, &self.commit));
+        };
+        let (outcome, usage) = cores.during(&lab, || turn.contender.run(&stage));
+        let outcome = outcome?;
+        Ok(Run::of(turn, &outcome, cores.busy(&usage, outcome.span), &self.commit))
+    }
+}
+
+/// A guest's memory, as runs tell it.
+fn guest_mb() -> u64 {
+    GUEST_MEMORY_MB
+}

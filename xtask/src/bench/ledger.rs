@@ -1,0 +1,214 @@
+//! What turns gave, in a file that grows with each of them, so that a bench that was ended goes on where it was.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    guest_mb,
+    plan::{Link, Turn},
+};
+use crate::contest::{Outcome, cores::Busy};
+
+/// One migration, as `--json` has it. What wasn't measured or forecast is null.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(super) struct Run {
+    pub(super) contender: String,
+    pub(super) workload: String,
+    pub(super) guest_command: Option<String>,
+    pub(super) link_mbit: u64,
+    pub(super) rtt_ms: u64,
+    pub(super) guest_mb: u64,
+    pub(super) round: u32,
+    /// The guest runs at the target, with all its memory, within the time allowed.
+    pub(super) converged: bool,
+    /// Both directions, Ethernet headers included.
+    pub(super) wire_bytes: u64,
+    /// From the request until the guest runs at the target with all its memory, or until the time was over.
+    pub(super) total_ms: f64,
+    /// STOP at the source to RESUME at the target.
+    pub(super) downtime_ms: Option<f64>,
+    /// The guest's pace during all of that as a share of that before.
+    pub(super) guest_progress_ratio: Option<f64>,
+    /// The longest silence in the guest's beat of 10 ms.
+    pub(super) beat_gap_ms: f64,
+    pub(super) predicted_total_ms: Option<u64>,
+    pub(super) predicted_wire_bytes: Option<u64>,
+    /// What the emulated link used of a core.
+    pub(super) emulator_cpu_share: Option<f64>,
+    /// What it and the contender used of the cores that aren't the guest's.
+    pub(super) busy_share: Option<f64>,
+    /// What was checked out when it ran.
+    pub(super) commit: String,
+}
+
+impl Run {
+    /// What came of a turn.
+    pub(super) fn of(turn: &Turn, outcome: &Outcome, busy: Option<Busy>, commit: &str) -> Run {
+        Run {
+            contender: turn.contender.name.to_owned(),
+            workload: turn.workload.clone(),
+            guest_command: turn.guest_command.clone(),
+            link_mbit: turn.link.rate_mbit,
+            rtt_ms: turn.link.round_trip_ms,
+            guest_mb: guest_mb(),
+            round: turn.round,
+            converged: outcome.converged,
+            wire_bytes: outcome.wire_bytes,
+            total_ms: outcome.total_ms,
+            downtime_ms: outcome.downtime_ms,
+            guest_progress_ratio: outcome.guest_progress_ratio,
+            beat_gap_ms: outcome.largest_beat_gap.as_secs_f64() * 1e3,
+            predicted_total_ms: outcome.predicted.total_ms,
+            predicted_wire_bytes: outcome.predicted.wire_bytes,
+            emulator_cpu_share: busy.map(|busy| busy.emulator),
+            busy_share: busy.map(|busy| busy.all),
+            commit: commit.to_owned(),
+        }
+    }
+
+    pub(super) fn link(&self) -> Link {
+        Link { rate_mbit: self.link_mbit, round_trip_ms: self.rtt_ms }
+    }
+
+    fn is_of(&self, turn: &Turn) -> bool {
+        self.contender == turn.contender.name
+            && self.workload == turn.workload
+            && self.guest_command == turn.guest_command
+            && self.link() == turn.link
+            && self.guest_mb == guest_mb()
+            && self.round == turn.round
+    }
+}
+
+impl fmt::Display for Run {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let downtime = self.downtime_ms.map_or("no end".to_owned(), |downtime| format!("{downtime:.1} ms"));
+        let progress = self.guest_progress_ratio.map_or("–".to_owned(), |ratio| format!("{ratio:.3}"));
+        let (megabytes, seconds) = (self.wire_bytes as f64 / 1e6, self.total_ms / 1e3);
+        write!(formatter, "{megabytes:.1} MB, {seconds:.1} s, {downtime}, progress {progress}")
+    }
+}
+
+/// All turns that were taken.
+#[derive(Debug)]
+pub(super) struct Ledger {
+    path: Option<PathBuf>,
+    runs: Vec<Run>,
+}
+
+impl Ledger {
+    /// Reads the ledger that there is, or begins one.
+    ///
+    /// # Errors
+    /// When there is a file that isn't a ledger.
+    pub(super) fn open(path: Option<&Path>) -> Result<Ledger> {
+        let runs = match path.filter(|path| path.exists()) {
+            None => Vec::new(),
+            Some(path) => {
+                let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+                serde_json::from_slice(&text).with_context(|| format!("{} isn't a ledger", path.display()))?
+            }
+        };
+        Ok(Ledger { path: path.map(Path::to_owned), runs })
+    }
+
+    pub(super) fn runs(&self) -> &[Run] {
+        &self.runs
+    }
+
+    /// Whether a turn was taken.
+    pub(super) fn has(&self, turn: &Turn) -> bool {
+        self.runs.iter().any(|run| run.is_of(turn))
+    }
+
+    /// Enters a run; the file is replaced as a whole, so that it is never half a ledger.
+    ///
+    /// # Errors
+    /// When it can't be written.
+    pub(super) fn enter(&mut self, run: Run) -> Result<()> {
+        self.runs.push(run);
+        let Some(path) = &self.path else { return Ok(()) };
+        let unfinished = path.with_extension("unfinished");
+        std::fs::write(&unfinished, serde_json::to_string_pretty(&self.runs)? + "\n")
+            .and_then(|()| std::fs::rename(&unfinished, path))
+            .with_context(|| format!("cannot write {}", path.display()))
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::contest::Contender;
+
+    /// A run over 100 Mbit/s and 20 ms.
+    pub(crate) fn run(contender: &str, workload: &str, round: u32, megabytes: u64) -> Run {
+        Run {
+            contender: contender.into(),
+            workload: workload.into(),
+            guest_command: None,
+            link_mbit: 100,
+            rtt_ms: 20,
+            guest_mb: guest_mb(),
+            round,
+            converged: true,
+            wire_bytes: megabytes * 1_000_000,
+            total_ms: megabytes as f64 * 80.0,
+            downtime_ms: Some(megabytes as f64),
+            guest_progress_ratio: Some(0.99),
+            beat_gap_ms: 12.0,
+            predicted_total_ms: None,
+            predicted_wire_bytes: None,
+            emulator_cpu_share: Some(0.2),
+            busy_share: Some(0.5),
+            commit: "abc".into(),
+        }
+    }
+
+    #[test]
+    fn a_ledger_goes_on_where_it_was() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("bench.json");
+        let link = Link { rate_mbit: 100, round_trip_ms: 20 };
+        let contender = Contender::named("qemu-xbzrle").unwrap();
+        let turn = |round| Turn { link, workload: "medium".into(), guest_command: None, contender, round };
+        let mut ledger = Ledger::open(Some(&path)).unwrap();
+        ledger.enter(run("qemu-xbzrle", "medium", 1, 300)).unwrap();
+        let mut ledger = Ledger::open(Some(&path)).unwrap();
+        assert!(ledger.has(&turn(1)) && !ledger.has(&turn(2)));
+        let other_link = Link { rate_mbit: 50, ..link };
+        assert!(!ledger.has(&Turn { link: other_link, ..turn(1) }));
+        ledger.enter(run("qemu-xbzrle", "medium", 2, 310)).unwrap();
+        assert_eq!(Ledger::open(Some(&path)).unwrap().runs(), ledger.runs());
+        std::fs::write(&path, "{}").unwrap();
+        assert!(Ledger::open(Some(&path)).is_err());
+    }
+
+    #[test]
+    fn a_run_has_all_that_was_promised() {
+        let written = serde_json::to_value(run("godwit", "medium", 1, 160)).unwrap();
+        let promised = [
+            "contender",
+            "workload",
+            "link_mbit",
+            "rtt_ms",
+            "guest_mb",
+            "wire_bytes",
+            "total_ms",
+            "downtime_ms",
+            "converged",
+            "guest_progress_ratio",
+            "predicted_total_ms",
+            "predicted_wire_bytes",
+            "round",
+        ];
+        for name in promised {
+            assert!(written.get(name).is_some(), "{name}");
+        }
+        assert!(written["predicted_total_ms"].is_null());
+    }
+}

@@ -1,0 +1,174 @@
+//! The page that the docs keep: what was measured, on what, and what was to be reached.
+
+use std::{collections::BTreeSet, fmt::Write as _, path::Path, process::Command};
+
+use anyhow::{Context, Result};
+use godwit_sim::guest_image::workspace;
+
+use super::{
+    Request,
+    ledger::Run,
+    plan::Plan,
+    plot,
+    summary::{Group, Summary},
+    table::{COLUMNS, cells},
+};
+use crate::contest::{DOWNTIME_TARGET, GUEST_MEMORY_MB};
+
+/// What the figures mean, and what isn't among them.
+const MEANING: &str = "\
+*Wire MB*: both directions, Ethernet headers included. *Total*: from the request until the guest runs at the target with \
+all its memory. *Downtime*: STOP at the source to RESUME at the target, by the events of both QEMUs. *Beat gap*: the longest \
+silence in the guest's beat of 10 ms, as a client heard it. *Guest progress*: the guest's writes a second during all of \
+that, the pause included, over those of the five seconds before; for `idle` and a guest's command, which don't count \
+writes, beats take their place, which says how long the guest stood still but not how fast it was. *Forecast off by*: \
+median error of what was forecast before the first byte. *Emulator CPU*: what the emulated link used of a core. *Busy*: what \
+it and the contender used of the cores that aren't the guest's; from 80 % on (\\*) the machine limited and not the link, \
+and nothing is judged. More in [lab.md](../lab.md).\n\n\
+A contender that didn't converge was given up; its figures are what it had cost by then. Post-copy's guest runs at the \
+target long before its memory is there: its downtime says little, its progress until the last page says more, and it is \
+nobody that pre-copy is held against.\n";
+
+/// Targets that no column stands for yet.
+const UNMEASURED: &str = "\
+- bytes on medium and heavy against the floor (distinct pages at the stop, compressed offline)\n\
+- an unlimited link against QEMU with its own TLS\n\
+- several guests at once, with one cache across guests\n\
+- real programs as guests, with response times (`--guest-command` runs what the image has)\n\
+- each of godwit's techniques alone and removed\n\
+- QEMU 7.2, and KVM\n";
+
+/// Under what circumstances the runs were made.
+#[derive(Debug)]
+pub(super) struct Circumstances {
+    command: String,
+    is_quick: bool,
+    rounds: u32,
+    guest_command: Option<String>,
+    machine: String,
+    commits: String,
+    guest_has_core: bool,
+}
+
+impl Circumstances {
+    pub(super) fn of(request: &Request, plan: &Plan, runs: &[Run], guest_has_core: bool) -> Circumstances {
+        let mut command = "cargo xtask bench migrate".to_owned();
+        for (flag, is_set) in [(" --quick", request.quick), (" --sweep", request.sweep)] {
+            command.push_str(if is_set { flag } else { "" });
+        }
+        let commits: BTreeSet<&str> = runs.iter().map(|run| run.commit.as_str()).collect();
+        Circumstances {
+            command,
+            is_quick: request.quick,
+            rounds: plan.rounds,
+            guest_command: plan.guest_command.clone(),
+            machine: machine(),
+            commits: commits.into_iter().collect::<Vec<_>>().join(", "),
+            guest_has_core,
+        }
+    }
+
+    fn described(&self) -> String {
+        let kind = if self.is_quick { "**This is a quick run.** " } else { "" };
+        let core = if self.guest_has_core {
+            "The thread of the guest's processor has a core of its own, by affinity, for every contender; all else \
+             shares the others, the emulated link included."
+        } else {
+            "The machine has one core; the guest shares it with everything else."
+        };
+        let guest = match &self.guest_command {
+            Some(command) => format!("The guest runs `{command}` again and again. "),
+            None => String::new(),
+        };
+        format!(
+            "{kind}Written by `{}`; {} rounds in turns, medians with the lowest and highest.\n\n\
+             {}; commit {}; QEMU {} under TCG on both sides; a guest of {GUEST_MEMORY_MB} MB, godwit aiming at a pause of \
+             {} ms. {guest}{core}\n",
+            self.command,
+            self.rounds,
+            self.machine,
+            self.commits,
+            qemu_version(),
+            DOWNTIME_TARGET.as_millis(),
+        )
+    }
+}
+
+/// Writes the page, and the plot beside it.
+///
+/// # Errors
+/// When a file can't be written.
+pub(super) fn write(path: &Path, summary: &Summary, circumstances: &Circumstances) -> Result<()> {
+    let plot = path.with_extension("svg");
+    let name = plot.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    for (path, text) in
+        [(path, render(summary, circumstances, &name)), (plot.as_path(), plot::render(summary))]
+    {
+        std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+fn render(summary: &Summary, circumstances: &Circumstances, plot: &str) -> String {
+    let mut text = format!("# Migrations: godwit beside QEMU\n\n{}\n", circumstances.described());
+    // Writing to a string doesn't fail.
+    let _ = writeln!(text, "![medians and spreads]({plot})\n\n{MEANING}");
+    summary.groups.iter().for_each(|group| text.push_str(&section(group)));
+    text.push_str("## Contenders\n\n| contender | what it is |\n|---|---|\n");
+    let mut told = BTreeSet::new();
+    for row in summary.groups.iter().flat_map(|group| &group.rows) {
+        if told.insert(row.contender.name) {
+            let _ = writeln!(text, "| {} | {} |", row.contender.name, row.contender.describe());
+        }
+    }
+    let _ = write!(text, "\n## Not measured yet\n\n{UNMEASURED}");
+    text
+}
+
+fn section(group: &Group) -> String {
+    let mut text = format!("## {}, {}\n\n", group.workload, group.link);
+    text.push_str(&line(&COLUMNS));
+    text.push_str(&line(&COLUMNS.map(|_| "---")));
+    group.rows.iter().for_each(|row| text.push_str(&line(&cells(row))));
+    let verdicts = group.verdicts();
+    if !verdicts.is_empty() {
+        text.push_str("\n| target | value | |\n|---|---|---|\n");
+        for verdict in verdicts {
+            text.push_str(&line(&[verdict.target.text.clone(), verdict.target.shown(), verdict.to_string()]));
+        }
+    }
+    let better = group.better();
+    if !better.is_empty() {
+        text.push_str("\nWhat QEMU does better:\n\n");
+        better.iter().for_each(|line| text.push_str(&format!("- {line}\n")));
+    }
+    text + "\n"
+}
+
+fn line<T: AsRef<str>>(cells: &[T]) -> String {
+    let cells: Vec<&str> = cells.iter().map(AsRef::as_ref).collect();
+    format!("| {} |\n", cells.join(" | "))
+}
+
+/// The processor and how many of it.
+fn machine() -> String {
+    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mut names = processors.lines().filter_map(|line| line.strip_prefix("model name")?.split_once(": "));
+    let count = processors.lines().filter(|line| line.starts_with("processor")).count();
+    format!("{count} cores ({})", names.next().map_or("unknown", |(_, name)| name))
+}
+
+fn qemu_version() -> String {
+    let banner = said("qemu-system-x86_64", &["--version"]);
+    banner.split_whitespace().nth(3).unwrap_or("unknown").to_owned()
+}
+
+/// What is checked out.
+pub(super) fn commit() -> String {
+    said("git", &["rev-parse", "--short", "HEAD"]).trim().to_owned()
+}
+
+fn said(program: &str, arguments: &[&str]) -> String {
+    let output = Command::new(program).current_dir(workspace()).args(arguments).output();
+    output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
+}

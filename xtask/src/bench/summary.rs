@@ -1,0 +1,348 @@
+//! Medians and spreads, what was to be reached, and what QEMU does better.
+
+use std::fmt;
+
+use super::{
+    ledger::Run,
+    plan::{Link, Plan},
+};
+use crate::contest::{Contender, GODWIT, Target};
+
+/// The workloads on which godwit is held against shares of QEMU's figures.
+const JUDGED_BY_SHARE: [&str; 2] = ["medium", "heavy"];
+/// What godwit's figures may be on them, as shares of the best pre-copy contender's, metric by metric.
+const WIRE_SHARE: f64 = 0.5;
+const TOTAL_SHARE: f64 = 0.5;
+const DOWNTIME_SHARE: f64 = 0.2;
+/// From this rate on the link no longer decides; godwit isn't to be slower, and is to have less downtime.
+const FAST_LINK_MBIT: u64 = 1_000;
+/// The round trip for which the pause has a limit of its own, and what it may be above one round trip.
+const PAUSE_ROUND_TRIP_MS: u64 = 20;
+const PAUSE_OVER_ROUND_TRIP_MS: u64 = 30;
+const LEAST_PROGRESS: f64 = 0.95;
+/// The share from which on the machine limits, and not the link.
+const BUSY: f64 = 0.8;
+
+/// Values of several rounds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Spread {
+    pub(super) median: f64,
+    pub(super) low: f64,
+    pub(super) high: f64,
+}
+
+/// All runs of one contender, workload and link.
+#[derive(Debug)]
+pub(super) struct Row {
+    pub(super) contender: &'static Contender,
+    pub(super) rounds: usize,
+    pub(super) converged: usize,
+    pub(super) wire_mb: Option<Spread>,
+    pub(super) total_s: Option<Spread>,
+    pub(super) downtime_ms: Option<Spread>,
+    pub(super) progress: Option<Spread>,
+    pub(super) beat_gap_ms: Option<Spread>,
+    /// Errors of the forecasts, shares of what came.
+    pub(super) total_error: Option<Spread>,
+    pub(super) wire_error: Option<Spread>,
+    pub(super) emulator: Option<Spread>,
+    pub(super) busy: Option<Spread>,
+}
+
+/// Contenders that did the same.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) link: Link,
+    pub(super) workload: String,
+    pub(super) rows: Vec<Row>,
+}
+
+/// A target, and whether the machine was fast enough for it to be judged.
+#[derive(Debug)]
+pub(super) struct Verdict {
+    pub(super) target: Target,
+    pub(super) limited: bool,
+}
+
+/// All that a plan asked for, as far as it was run.
+#[derive(Debug)]
+pub(super) struct Summary {
+    pub(super) groups: Vec<Group>,
+}
+
+impl Spread {
+    /// `None`: there are no values.
+    pub(super) fn of(values: impl Iterator<Item = f64>) -> Option<Spread> {
+        let mut values: Vec<f64> = values.collect();
+        values.sort_by(f64::total_cmp);
+        let (low, high) = (*values.first()?, *values.last()?);
+        let middle = values.len() / 2;
+        let median =
+            if values.len() % 2 == 1 { values[middle] } else { (values[middle - 1] + values[middle]) / 2.0 };
+        Some(Spread { median, low, high })
+    }
+
+    /// As people read it, with so many decimals; the spread only where there is one.
+    pub(super) fn shown(self, decimals: usize) -> String {
+        let [median, low, high] =
+            [self.median, self.low, self.high].map(|value| format!("{value:.decimals$}"));
+        if low == high { median } else { format!("{median} ({low}–{high})") }
+    }
+}
+
+impl Row {
+    fn of(contender: &'static Contender, runs: &[&Run]) -> Row {
+        let spread = |figure: fn(&Run) -> Option<f64>| Spread::of(runs.iter().filter_map(|run| figure(run)));
+        Row {
+            contender,
+            rounds: runs.len(),
+            converged: runs.iter().filter(|run| run.converged).count(),
+            wire_mb: spread(|run| Some(run.wire_bytes as f64 / 1e6)),
+            total_s: spread(|run| Some(run.total_ms / 1e3)),
+            downtime_ms: spread(|run| run.downtime_ms),
+            progress: spread(|run| run.guest_progress_ratio),
+            beat_gap_ms: spread(|run| Some(run.beat_gap_ms)),
+            total_error: spread(|run| Some((run.predicted_total_ms? as f64 / run.total_ms - 1.0).abs())),
+            wire_error: spread(|run| {
+                Some((run.predicted_wire_bytes? as f64 / run.wire_bytes as f64 - 1.0).abs())
+            }),
+            emulator: spread(|run| run.emulator_cpu_share),
+            busy: spread(|run| run.busy_share),
+        }
+    }
+
+    /// Whether it got the guest to the target in every round.
+    pub(super) fn always_converged(&self) -> bool {
+        self.rounds > 0 && self.converged == self.rounds
+    }
+
+    /// Whether the machine, or the emulated link, had too little left to say how fast the contender is.
+    pub(super) fn is_limited(&self) -> bool {
+        [self.emulator, self.busy].into_iter().flatten().any(|share| share.median >= BUSY)
+    }
+
+    fn is_rival(&self) -> bool {
+        !self.contender.is_godwit() && !self.contender.is_postcopy() && self.always_converged()
+    }
+}
+
+/// A figure, by name, with its unit and whether less is better.
+struct Metric {
+    name: &'static str,
+    unit: &'static str,
+    decimals: usize,
+    less_is_better: bool,
+    of: fn(&Row) -> Option<Spread>,
+}
+
+const WIRE: Metric = Metric {
+    name: "bytes on the wire",
+    unit: "MB",
+    decimals: 1,
+    less_is_better: true,
+    of: |row| row.wire_mb,
+};
+const TOTAL: Metric =
+    Metric { name: "total time", unit: "s", decimals: 1, less_is_better: true, of: |row| row.total_s };
+const DOWNTIME: Metric =
+    Metric { name: "downtime", unit: "ms", decimals: 1, less_is_better: true, of: |row| row.downtime_ms };
+const PROGRESS: Metric =
+    Metric { name: "guest progress", unit: "", decimals: 3, less_is_better: false, of: |row| row.progress };
+
+impl Metric {
+    fn median(&self, row: &Row) -> Option<f64> {
+        (self.of)(row).map(|spread| spread.median)
+    }
+}
+
+impl Group {
+    fn godwit(&self) -> Option<&Row> {
+        self.rows.iter().find(|row| row.contender.name == GODWIT && row.always_converged())
+    }
+
+    /// What godwit was to reach here, and whether it did.
+    pub(super) fn verdicts(&self) -> Vec<Verdict> {
+        let Some(godwit) = self.godwit() else { return Vec::new() };
+        let mut verdicts: Vec<Verdict> = self
+            .shares()
+            .iter()
+            .filter_map(|(metric, share)| self.against_best(godwit, metric, *share))
+            .collect();
+        let alone = |target| Verdict { target, limited: godwit.is_limited() };
+        if self.link.round_trip_ms == PAUSE_ROUND_TRIP_MS {
+            let limit = (PAUSE_ROUND_TRIP_MS + PAUSE_OVER_ROUND_TRIP_MS) as f64;
+            let text = format!("downtime, ms: at most one round trip + {PAUSE_OVER_ROUND_TRIP_MS}");
+            verdicts.push(alone(Target::at_most(limit, DOWNTIME.median(godwit), text)));
+        }
+        let text = format!("guest progress: at least {LEAST_PROGRESS}");
+        verdicts.push(alone(Target::at_least(LEAST_PROGRESS, PROGRESS.median(godwit), text)));
+        verdicts
+    }
+
+    /// The shares of QEMU's best that godwit's figures may be.
+    fn shares(&self) -> Vec<(Metric, f64)> {
+        if self.link.rate_mbit >= FAST_LINK_MBIT {
+            vec![(TOTAL, 1.0), (DOWNTIME, 1.0)]
+        } else if JUDGED_BY_SHARE.contains(&self.workload.as_str()) {
+            vec![(WIRE, WIRE_SHARE), (TOTAL, TOTAL_SHARE), (DOWNTIME, DOWNTIME_SHARE)]
+        } else {
+            Vec::new()
+        }
+    }
+
+    /// `None`: there is nobody to be held against.
+    fn against_best(&self, godwit: &Row, metric: &Metric, share: f64) -> Option<Verdict> {
+        let rivals = self.rows.iter().filter(|row| row.is_rival());
+        let (rival, best) = rivals
+            .filter_map(|row| Some((row, metric.median(row)?)))
+            .min_by(|(_, one), (_, other)| one.total_cmp(other))?;
+        let text = format!("{}: at most {share} of {}'s", metric.name, rival.contender.name);
+        let value = metric.median(godwit).map(|own| own / best);
+        Some(Verdict {
+            target: Target::at_most(share, value, text),
+            limited: godwit.is_limited() || rival.is_limited(),
+        })
+    }
+
+    /// Whatever a QEMU alone does better, a line each.
+    pub(super) fn better(&self) -> Vec<String> {
+        let Some(godwit) = self.godwit() else { return Vec::new() };
+        let rivals = self.rows.iter().filter(|row| !row.contender.is_godwit() && row.always_converged());
+        let pairs = rivals.flat_map(|row| [WIRE, TOTAL, DOWNTIME, PROGRESS].map(|metric| (row, metric)));
+        let better = pairs.filter_map(|(row, metric)| {
+            let (theirs, own) = (metric.median(row)?, metric.median(godwit)?);
+            let is_better = if metric.less_is_better { theirs < own } else { theirs > own };
+            let Metric { name, unit, decimals, .. } = metric;
+            is_better.then(|| {
+                let line = format!(
+                    "{}: {name} {theirs:.decimals$} {unit}, godwit {own:.decimals$}",
+                    row.contender.name
+                );
+                format!("{} {unit}", line.trim_end()).trim_end().replace("  ", " ").replace(" ,", ",")
+            })
+        });
+        better.collect()
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str(match (self.limited, self.target.met()) {
+            (true, _) => "not judged: limited by CPU",
+            (false, true) => "met",
+            (false, false) => "NOT MET",
+        })
+    }
+}
+
+impl Summary {
+    /// Sums up the runs that the plan asks for.
+    pub(super) fn of(plan: &Plan, runs: &[Run]) -> Summary {
+        let mut groups = Vec::new();
+        for link in &plan.links {
+            for workload in &plan.workloads {
+                let row = |contender: &&'static Contender| {
+                    let of_row: Vec<&Run> = runs
+                        .iter()
+                        .filter(|run| run.link() == *link && run.workload == *workload)
+                        .filter(|run| run.guest_command == plan.guest_command)
+                        .filter(|run| run.contender == contender.name && run.round <= plan.rounds)
+                        .collect();
+                    (!of_row.is_empty()).then(|| Row::of(contender, &of_row))
+                };
+                let rows: Vec<Row> = plan.contenders.iter().filter_map(row).collect();
+                groups.push(Group { link: *link, workload: workload.clone(), rows });
+            }
+        }
+        groups.retain(|group| !group.rows.is_empty());
+        Summary { groups }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::{
+        super::{Request, ledger::tests::run},
+        *,
+    };
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        request: Request,
+    }
+
+    fn summary(runs: &[Run]) -> Summary {
+        let line = Line::parse_from(["bench", "--workloads", "medium"]);
+        Summary::of(&Plan::of(&line.request).unwrap(), runs)
+    }
+
+    fn three(contender: &str, megabytes: [u64; 3]) -> Vec<Run> {
+        (1..).zip(megabytes).map(|(round, megabytes)| run(contender, "medium", round, megabytes)).collect()
+    }
+
+    #[test]
+    fn medians_and_spreads() {
+        assert_eq!(Spread::of([].into_iter()), None);
+        assert_eq!(
+            Spread::of([3.0, 1.0, 8.0].into_iter()),
+            Some(Spread { median: 3.0, low: 1.0, high: 8.0 })
+        );
+        let even = Spread::of([4.0, 1.0, 2.0, 8.0].into_iter()).unwrap();
+        assert_eq!((even.median, even.shown(1)), (3.0, "3.0 (1.0–8.0)".to_owned()));
+        assert_eq!(Spread::of([2.04, 2.0].into_iter()).unwrap().shown(1), "2.0");
+    }
+
+    #[test]
+    fn each_metric_is_held_against_the_best_that_always_converged() {
+        let mut runs = three("godwit", [160, 150, 170]);
+        runs.extend(three("qemu-xbzrle", [390, 400, 410]));
+        runs.extend(three("qemu-multifd-zstd", [310, 300, 290]));
+        runs.extend(three("qemu-postcopy", [10, 10, 10]));
+        // One that converged sometimes is nobody to be held against.
+        runs.extend(three("qemu-precopy", [100, 100, 100]));
+        runs.last_mut().unwrap().converged = false;
+        let summary = summary(&runs);
+        let verdicts = summary.groups[0].verdicts();
+        let values: Vec<f64> = verdicts.iter().map(|verdict| verdict.target.value.unwrap()).collect();
+        assert_eq!(values, [160.0 / 300.0, 160.0 / 300.0, 160.0 / 300.0, 160.0, 0.99]);
+        assert_eq!(verdicts[4].to_string(), "met");
+        assert!(verdicts[..4].iter().all(|verdict| verdict.to_string() == "NOT MET"));
+        let better = summary.groups[0].better();
+        assert_eq!(better[0], "qemu-postcopy: bytes on the wire 10.0 MB, godwit 160.0 MB");
+        assert_eq!(better.len(), 3);
+    }
+
+    #[test]
+    fn where_the_machine_was_busy_nothing_is_judged() {
+        let mut runs = three("godwit", [100, 100, 100]);
+        runs.extend(three("qemu-xbzrle", [300, 300, 300]));
+        runs.iter_mut()
+            .filter(|run| run.contender == "qemu-xbzrle")
+            .for_each(|run| run.busy_share = Some(0.8));
+        let verdicts = summary(&runs).groups[0].verdicts();
+        let judged: Vec<bool> = verdicts.iter().map(|verdict| !verdict.limited).collect();
+        assert_eq!(judged, [false, false, false, true, true]);
+    }
+
+    #[test]
+    fn runs_of_other_benches_in_the_ledger_are_left_out() {
+        let mut runs = three("godwit", [100, 110, 120]);
+        runs.push(run("godwit", "medium", 4, 900));
+        runs.push(run("godwit", "heavy", 1, 900));
+        runs.push(Run { guest_command: Some("ls".into()), ..run("godwit", "medium", 1, 900) });
+        let summary = summary(&runs);
+        assert_eq!((summary.groups.len(), summary.groups[0].rows[0].rounds), (1, 3));
+    }
+
+    #[test]
+    fn forecasts_are_scored_where_there_are_any() {
+        let mut runs = three("godwit", [100, 100, 100]);
+        assert_eq!(summary(&runs).groups[0].rows[0].wire_error, None);
+        runs[1].predicted_wire_bytes = Some(90_000_000);
+        let error = summary(&runs).groups[0].rows[0].wire_error.unwrap();
+        assert!((error.median - 0.1).abs() < 1e-9);
+    }
+}

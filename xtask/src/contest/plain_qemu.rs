@@ -1,0 +1,310 @@
+//! QEMU migrates by itself, over TCP, as its documentation has it, or through a compressor that the operator put between.
+
+use std::{
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context, Result, bail};
+use godwit_sim::{
+    guest_image::GuestImage,
+    lab::{Place, Process},
+    observer::BeatListener,
+    qmp::{Event, Qmp},
+};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::{
+    DOWNTIME_TARGET, GUEST_MEMORY_MB, Outcome, Span, Stage,
+    watch::{Watch, milliseconds},
+};
+
+const MIGRATION_PORT: u16 = 4444;
+const TAP: &str = "vm0";
+/// More than any link here; QEMU's default would limit a link of 1 Gbit/s.
+const UNLIMITED_BYTES_PER_SECOND: u64 = 10_000_000_000;
+const XBZRLE_CACHE_BYTES: u64 = 256 << 20;
+const START_LIMIT: Duration = Duration::from_secs(10);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// One way to have QEMU migrate.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Way {
+    /// Capabilities, switched on at both ends.
+    capabilities: &'static [&'static str],
+    /// Parameters, set at both ends.
+    parameters: &'static [(&'static str, Setting)],
+    channel: Channel,
+    /// The guest goes on at the target after the first pass; the rest of its memory follows.
+    pub(super) postcopy: bool,
+    /// When to give up.
+    limit: Duration,
+}
+
+/// The value of a migration parameter.
+#[derive(Debug, Clone, Copy, Serialize)]
+#[serde(untagged)]
+enum Setting {
+    Number(u64),
+    Word(&'static str),
+}
+
+/// What the stream goes through.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Channel {
+    Tcp,
+    /// `zstd -1` and netcat, in a pipe at each end.
+    ZstdPipe,
+}
+
+const CACHE: (&str, Setting) = ("xbzrle-cache-size", Setting::Number(XBZRLE_CACHE_BYTES));
+const CHANNELS: (&str, Setting) = ("multifd-channels", Setting::Number(2));
+
+/// As it comes.
+pub(super) const PRECOPY: Way = Way {
+    capabilities: &[],
+    parameters: &[],
+    channel: Channel::Tcp,
+    postcopy: false,
+    limit: Duration::from_secs(60),
+};
+/// The guest is slowed until it dirties less than the link carries.
+pub(super) const AUTO_CONVERGE: Way =
+    Way { capabilities: &["auto-converge"], limit: Duration::from_secs(120), ..PRECOPY };
+/// With deltas against a cache that holds the working set twice.
+pub(super) const XBZRLE: Way =
+    Way { capabilities: &["xbzrle"], parameters: &[CACHE], limit: Duration::from_secs(120), ..PRECOPY };
+/// The same, and asked for the pause that godwit aims at.
+pub(super) const XBZRLE_DOWNTIME: Way = Way {
+    parameters: &[CACHE, ("downtime-limit", Setting::Number(DOWNTIME_TARGET.as_millis() as u64))],
+    ..XBZRLE
+};
+/// Over two connections.
+pub(super) const MULTIFD: Way = Way { capabilities: &["multifd"], parameters: &[CHANNELS], ..PRECOPY };
+/// Over two connections, compressed.
+pub(super) const MULTIFD_ZSTD: Way = Way {
+    parameters: &[CHANNELS, ("multifd-compression", Setting::Word("zstd"))],
+    limit: Duration::from_secs(120),
+    ..MULTIFD
+};
+/// Compressed outside QEMU.
+pub(super) const ZSTD_PIPE: Way =
+    Way { channel: Channel::ZstdPipe, limit: Duration::from_secs(120), ..PRECOPY };
+/// Deltas, compressed outside QEMU.
+pub(super) const XBZRLE_ZSTD_PIPE: Way = Way { channel: Channel::ZstdPipe, ..XBZRLE };
+/// One pass, then the guest goes on at the target and fetches what it lacks.
+pub(super) const POSTCOPY: Way = Way {
+    capabilities: &["postcopy-ram", "events"],
+    postcopy: true,
+    limit: Duration::from_secs(120),
+    ..PRECOPY
+};
+
+impl Way {
+    /// What it is, in a line for people.
+    pub(super) fn describe(&self) -> String {
+        let capabilities =
+            self.capabilities.iter().filter(|name| **name != "events").map(|name| format!("`{name}`"));
+        let parameters = self.parameters.iter().map(|(name, setting)| match setting {
+            Setting::Number(number) => format!("`{name}` {number}"),
+            Setting::Word(word) => format!("`{name}` {word}"),
+        });
+        let channel = (self.channel == Channel::ZstdPipe).then(|| "through `zstd -1`".to_owned());
+        let parts: Vec<String> = capabilities.chain(parameters).chain(channel).collect();
+        let what = if parts.is_empty() { "as it comes".to_owned() } else { parts.join(", ") };
+        format!("{what}; given up after {} s", self.limit.as_secs())
+    }
+}
+
+impl Channel {
+    /// Where the target listens.
+    fn listening(self) -> String {
+        match self {
+            Channel::Tcp => format!("tcp:{}:{MIGRATION_PORT}", Place::B.address()),
+            Channel::ZstdPipe => format!("exec:busybox nc -l -p {MIGRATION_PORT} | zstd -dcq"),
+        }
+    }
+
+    /// Where the source sends.
+    fn sending(self) -> String {
+        match self {
+            Channel::Tcp => self.listening(),
+            Channel::ZstdPipe => {
+                format!("exec:zstd -1 -cq | busybox nc {} {MIGRATION_PORT}", Place::B.address())
+            }
+        }
+    }
+
+    fn check(self) -> Result<()> {
+        let probe = || Command::new("zstd").arg("--version").stdout(Stdio::null()).status();
+        if self == Channel::ZstdPipe && !probe().is_ok_and(|status| status.success()) {
+            bail!("it needs the program zstd (package zstd)");
+        }
+        Ok(())
+    }
+}
+
+/// Boots the guest at host a and has QEMU migrate it to host b.
+pub(super) fn run(stage: &Stage, name: &'static str, way: &Way) -> Result<Outcome> {
+    way.channel.check()?;
+    let beat = BeatListener::start(&stage.lab.namespace(Place::Lan))?;
+    let command_line = stage.command_line(beat.address());
+    let mut source = Machine::start(stage, Place::A, &command_line, name, way)?;
+    let watch = Watch::start(stage, beat)?;
+    let mut target = Machine::start(stage, Place::B, &command_line, name, way)?;
+    target.qmp.execute("migrate-incoming", json!({ "uri": way.channel.listening() }))?;
+    let before = watch.wire_bytes()?;
+    let started = SystemTime::now();
+    source.qmp.execute("migrate", json!({ "uri": way.channel.sending() }))?;
+    let arrival = await_arrival(&mut source, &mut target, way, way.limit * stage.patience)?;
+    let ended = arrival.as_ref().map_or_else(SystemTime::now, |arrival| arrival.complete);
+    let mut outcome = watch.outcome(name, Span { started, ended }, before)?;
+    if let Some(arrival) = arrival {
+        let stopped = source.qmp.wait_for(START_LIMIT, |event| event.name == "STOP")?;
+        let stopped = stopped.context("the target runs but the source has not stopped")?;
+        outcome.converged = true;
+        outcome.downtime_ms = Some(milliseconds(stopped.at, arrival.resumed));
+        println!("  {}", watch.check()?);
+    }
+    Ok(outcome)
+}
+
+/// The guest at the target.
+struct Arrival {
+    /// It runs there.
+    resumed: SystemTime,
+    /// And has all its memory.
+    complete: SystemTime,
+}
+
+/// Waits until the guest is at the target; `None`: not within `limit`.
+fn await_arrival(
+    source: &mut Machine,
+    target: &mut Machine,
+    way: &Way,
+    limit: Duration,
+) -> Result<Option<Arrival>> {
+    let deadline = Instant::now() + limit;
+    if way.postcopy && !start_postcopy(source, deadline)? {
+        return Ok(None);
+    }
+    let mut await_event = |wanted: fn(&Event) -> bool| {
+        let left = deadline.saturating_duration_since(Instant::now());
+        Ok::<_, anyhow::Error>(target.qmp.wait_for(left, wanted)?.map(|event| event.at))
+    };
+    let Some(resumed) = await_event(|event| event.name == "RESUME")? else { return Ok(None) };
+    let complete = if way.postcopy {
+        await_event(|event| event.name == "MIGRATION" && event.data["status"] == "completed")?
+    } else {
+        Some(resumed)
+    };
+    Ok(complete.map(|complete| Arrival { resumed, complete }))
+}
+
+/// Lets the guest go on at the target as soon as all of its memory was sent once; false: not before `deadline`.
+fn start_postcopy(source: &mut Machine, deadline: Instant) -> Result<bool> {
+    while Instant::now() < deadline {
+        let progress = source.qmp.execute("query-migrate", json!({}))?;
+        // The first look is at the beginning.
+        if progress["ram"]["dirty-sync-count"].as_u64().is_some_and(|looks| looks > 1) {
+            source.qmp.execute("migrate-start-postcopy", json!({}))?;
+            return Ok(true);
+        }
+        if progress["status"] == "completed" {
+            return Ok(true);
+        }
+        std::thread::sleep(LOOK_EVERY);
+    }
+    Ok(false)
+}
+
+/// A QEMU at one of the hosts; it and its TAP go when this is dropped.
+struct Machine<'a> {
+    qmp: Qmp,
+    process: Process,
+    stage: &'a Stage<'a>,
+    host: Place,
+}
+
+impl<'a> Machine<'a> {
+    /// Starts QEMU: at host a to boot the guest, at host b to receive it.
+    fn start(
+        stage: &'a Stage,
+        host: Place,
+        command_line: &str,
+        name: &str,
+        way: &Way,
+    ) -> Result<Machine<'a>> {
+        stage.lab.make_guest_tap(host, TAP)?;
+        let socket = stage.lab.directory_of(host)?.join(format!("{name}.qmp"));
+        let mut command = command(stage.image, command_line, &socket);
+        if host == Place::B {
+            command.args(["-incoming", "defer"]);
+        }
+        let process = stage.lab.spawn(host, name, &mut command, true)?;
+        let qmp = Qmp::connect(&socket, START_LIMIT).context("QEMU has not started")?;
+        let mut machine = Machine { qmp, process, stage, host };
+        machine.prepare(way)?;
+        Ok(machine)
+    }
+
+    fn prepare(&mut self, way: &Way) -> Result<()> {
+        let on = |capability| json!({ "capability": capability, "state": true });
+        let capabilities: Vec<Value> = way.capabilities.iter().map(on).collect();
+        self.qmp.execute("migrate-set-capabilities", json!({ "capabilities": capabilities }))?;
+        let mut parameters = json!({ "max-bandwidth": UNLIMITED_BYTES_PER_SECOND });
+        for (name, setting) in way.parameters {
+            parameters[*name] = json!(setting);
+        }
+        self.qmp.execute("migrate-set-parameters", parameters)?;
+        Ok(())
+    }
+}
+
+impl Drop for Machine<'_> {
+    fn drop(&mut self) {
+        // Both fail only where there is nothing left to remove.
+        let _ = self.process.kill();
+        let _ = self.stage.lab.remove_guest_tap(self.host, TAP);
+    }
+}
+
+fn command(image: &GuestImage, command_line: &str, socket: &Path) -> Command {
+    let serial: PathBuf = socket.with_extension("serial");
+    let mut command = Command::new("qemu-system-x86_64");
+    command
+        .args(["-machine", "pc,accel=tcg", "-smp", "1", "-nodefaults", "-display", "none", "-no-reboot"])
+        // Names the thread of the guest's processor, so that it can be told from the others.
+        .args(["-name", "debug-threads=on"])
+        .args(["-m", &format!("{GUEST_MEMORY_MB}M")])
+        .args(["-netdev", &format!("tap,id=net0,ifname={TAP},script=no,downscript=no")])
+        .args(["-device", "virtio-net-pci,netdev=net0,mac=52:54:00:4e:00:10"])
+        .arg("-serial")
+        .arg(format!("file:{}", serial.display()))
+        .arg("-qmp")
+        .arg(format!("unix:{},server=on,wait=off", socket.display()))
+        .arg("-kernel")
+        .arg(&image.kernel)
+        .arg("-initrd")
+        .arg(&image.initrd)
+        .args(["-append", command_line]);
+    command
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ways_say_what_they_are() {
+        assert_eq!(PRECOPY.describe(), "as it comes; given up after 60 s");
+        assert_eq!(
+            MULTIFD_ZSTD.describe(),
+            "`multifd`, `multifd-channels` 2, `multifd-compression` zstd; given up after 120 s"
+        );
+        let piped = "`xbzrle`, `xbzrle-cache-size` 268435456, through `zstd -1`; given up after 120 s";
+        assert_eq!(XBZRLE_ZSTD_PIPE.describe(), piped);
+    }
+}
