@@ -13,6 +13,7 @@ mod output;
 mod quantity;
 #[cfg(feature = "sabotage")]
 mod sabotage;
+mod throttle;
 mod token;
 mod worker;
 

@@ -266,7 +266,7 @@ async fn set_on_stall(
     Path(id): Path<String>,
     Body(request): Body<OnStallRequest>,
 ) -> Answer<Migration> {
-    agent.command(&id, &Command::SetOnStall { on_stall: request.on_stall }).await.map(Json)
+    agent.set_on_stall(&id, request.on_stall).await.map(Json)
 }
 
 /// A body that passes on what a reader gives, until it ends.
