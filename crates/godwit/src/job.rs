@@ -79,7 +79,6 @@ impl Job {
             downtime_source_ms: None,
             round_trip_ms: None,
             predicted_downtime_ms: None,
-            throttled_ms: 0,
             wire_bytes: 0,
             reconnections: 0,
             repeated_bytes: 0,
@@ -298,9 +297,6 @@ pub(crate) struct Progress {
     pub dirty_pages_per_second: u64,
     /// The pause if the guest were stopped now.
     pub predicted_downtime_ms: Option<u64>,
-    /// The share of its speed that the guest is slowed to, if it is.
-    #[serde(default)]
-    pub guest_share_percent: Option<u8>,
     /// Since when nothing is heard of the target, if that is long.
     pub link_silent_ms: Option<u64>,
     /// Time until the machine runs at the target, if the guest goes on as it does.
@@ -351,9 +347,6 @@ pub(crate) struct Report {
     pub round_trip_ms: Option<f64>,
     /// What the prediction said when the stop was decided.
     pub predicted_downtime_ms: Option<u64>,
-    /// For how long the guest was slowed, so that its target could be met.
-    #[serde(default)]
-    pub throttled_ms: u64,
     /// Payload put on the wire by the session, TLS and TCP headers excluded.
     pub wire_bytes: u64,
     /// How often new connections took the place of lost ones.

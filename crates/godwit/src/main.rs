@@ -9,11 +9,11 @@ mod borrowed;
 mod cli;
 mod http;
 mod job;
+mod log;
 mod output;
 mod quantity;
 #[cfg(feature = "sabotage")]
 mod sabotage;
-mod throttle;
 mod token;
 mod worker;
 

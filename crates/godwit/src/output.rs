@@ -168,9 +168,6 @@ pub(crate) fn report(report: &Report) -> String {
         let predicted = report.predicted_downtime_ms.map(|ms| format!(" (predicted {ms} ms)"));
         line("downtime", format!("{}{}", time_ms(downtime), predicted.unwrap_or_default()));
     }
-    if report.throttled_ms > 0 {
-        line("guest slowed", format!("for {}", time_ms(report.throttled_ms as f64)));
-    }
     if let Some(round_trip) = report.round_trip_ms {
         line("round trip", time_ms(round_trip));
     }
@@ -299,7 +296,6 @@ mod tests {
             downtime_source_ms: Some(19.0),
             round_trip_ms: Some(20.1),
             predicted_downtime_ms: Some(31),
-            throttled_ms: 0,
             wire_bytes: 168_000_000,
             reconnections: 1,
             repeated_bytes: 300_000,

@@ -2,6 +2,7 @@
 
 mod host;
 mod hostile;
+mod metrics;
 mod service;
 
 use std::{fs, process::Command};

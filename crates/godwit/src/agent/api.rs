@@ -55,6 +55,7 @@ struct Document;
 fn described() -> OpenApiRouter<Arc<Agent>> {
     OpenApiRouter::with_openapi(Document::openapi())
         .routes(routes!(health))
+        .routes(routes!(metrics))
         .routes(routes!(description))
         .routes(routes!(list_machines, run_machine))
         .routes(routes!(adopt_machine))
@@ -119,6 +120,13 @@ async fn health(State(agent): Shared) -> Answer<Health> {
         migrations: agent.migrations.count(),
         certificate_expires_unix_s: unix_s(agent.credentials.expires()),
     }))
+}
+
+/// What is counted and measured, for Prometheus
+#[utoipa::path(get, path = "/v1/metrics", responses(
+    (status = OK, body = String, content_type = "application/openmetrics-text")))]
+async fn metrics(State(agent): Shared) -> Response {
+    agent.metrics_page().await
 }
 
 fn unix_s(time: SystemTime) -> u64 {
@@ -266,7 +274,7 @@ async fn set_on_stall(
     Path(id): Path<String>,
     Body(request): Body<OnStallRequest>,
 ) -> Answer<Migration> {
-    agent.set_on_stall(&id, request.on_stall).await.map(Json)
+    agent.command(&id, &Command::SetOnStall { on_stall: request.on_stall }).await.map(Json)
 }
 
 /// A body that passes on what a reader gives, until it ends.

@@ -35,6 +35,9 @@ pub(crate) struct Config {
     /// Where other agents reach this one; one port for everything.
     #[serde(default = "default_listen")]
     pub listen: SocketAddr,
+    /// Where metrics are read over plain HTTP; by default nowhere.
+    #[serde(default)]
+    pub metrics_listen: Option<SocketAddr>,
     /// `ca.pem`, `host.pem` and `host.key`, written by `godwit join`.
     #[serde(default = "default_identity_dir")]
     pub identity_dir: PathBuf,
@@ -202,6 +205,7 @@ mod tests {
         let config = parse("name = \"hosta\"").unwrap();
         assert_eq!(config.name.as_str(), "hosta");
         assert!(config.peers.is_empty() && config.accept == Policy::default());
+        assert_eq!(config.metrics_listen, None);
     }
 
     #[test]
@@ -215,6 +219,7 @@ mod tests {
     fn errors_name_file_line_and_key() {
         let cases = [
             ("name = \"a\"\nlisten = \"nowhere\"", "agent.toml:2: `listen`:"),
+            ("name = \"a\"\nmetrics_listen = \"9577\"", "agent.toml:2: `metrics_listen`:"),
             ("name = \"a\"\nstate_dri = \"/x\"", "agent.toml:2: `state_dri`:"),
             ("name = \"a b\"", "agent.toml:1: `name`:"),
             ("name = \"a\"\n[peers.b]\naddress = \"b\"", "agent.toml:3: `peers.b.address`:"),

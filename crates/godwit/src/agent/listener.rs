@@ -12,6 +12,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use axum::Router;
 use godwit_transport::{
     route::{Route, peek},
     tls,
@@ -21,6 +22,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use tokio::{
+    io::{AsyncRead, AsyncWrite},
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
     time::{sleep, timeout},
@@ -52,13 +54,21 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(180);
 /// After an error of `accept` (too many open files), before the next try.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// Accepts connections for as long as the agent lives.
+/// Serves other hosts for as long as the agent lives.
 pub(super) async fn serve(agent: Arc<Agent>, listener: TcpListener) {
+    accept_all(listener, |stream, from, place| {
+        tokio::spawn(route(agent.clone(), stream, from, place));
+    })
+    .await;
+}
+
+/// Accepts connections without end, and passes on those for which there is a place.
+pub(super) async fn accept_all(listener: TcpListener, serve: impl Fn(TcpStream, SocketAddr, Place)) {
     let mut door = Door::default();
     loop {
         match listener.accept().await {
             Ok((stream, from)) => match door.admit(from, Instant::now()) {
-                Ok(place) => drop(tokio::spawn(route(agent.clone(), stream, from, place))),
+                Ok(place) => serve(stream, from, place),
                 Err(reason) => door.complain(from, reason),
             },
             Err(error) => {
@@ -111,7 +121,7 @@ impl Door {
 }
 
 /// One of the connections that may wait; free again when it is dropped.
-struct Place {
+pub(super) struct Place {
     address: IpAddr,
     taken: Arc<Mutex<HashMap<IpAddr, usize>>>,
     _permit: OwnedSemaphorePermit,
@@ -173,11 +183,22 @@ async fn answer(agent: Arc<Agent>, stream: TcpStream, from: SocketAddr) -> io::R
         // It gets its one line from `admission`; this one is for the operator.
         tracing::warn!(%from, %peer, "a host that isn't among [peers]");
     }
-    let service = TowerToHyperService::new(incoming::router(agent, peer));
+    speak_http(stream, incoming::router(agent, peer)).await
+}
+
+/// Serves HTTP on a connection without TLS.
+pub(super) async fn serve_http(stream: TcpStream, router: Router) -> io::Result<()> {
+    timeout(CONNECTION_TIMEOUT, speak_http(stream, router)).await?
+}
+
+async fn speak_http<S>(stream: S, router: Router) -> io::Result<()>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
-        .serve_connection(TokioIo::new(stream), service)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(router))
         .await
         .map_err(io::Error::other)
 }

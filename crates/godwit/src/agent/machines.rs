@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{StreamExt, TryStreamExt, stream};
 use godwit_migration::handover::Epoch;
 use godwit_qemu::{
     machine::Spec,
@@ -27,6 +28,8 @@ use crate::{
 
 /// How long a monitor may take to answer a question.
 pub(super) const MONITOR_TIMEOUT: Duration = Duration::from_secs(3);
+/// Monitors that are asked at the same time.
+const ASKED_AT_ONCE_MAX: usize = 16;
 /// How long QEMU may take to quit before it is killed.
 const QUIT_TIMEOUT: Duration = Duration::from_secs(3);
 /// How often the agent looks whether a process has ended.
@@ -70,11 +73,10 @@ impl Drop for Claim {
 impl Agent {
     /// All machines.
     pub(super) async fn list_machines(&self) -> Result<Vec<Machine>, AgentError> {
-        let mut machines = Vec::new();
-        for (name, directory) in self.state.machines()? {
-            machines.push(self.view(&name, &directory, false).await?);
-        }
-        Ok(machines)
+        let known = self.state.machines()?;
+        let views = known.iter().map(|(name, directory)| self.view(name, directory, false));
+        // One QEMU that doesn't answer mustn't keep the others waiting.
+        stream::iter(views.collect::<Vec<_>>()).buffered(ASKED_AT_ONCE_MAX).try_collect().await
     }
 
     /// One machine, with its spec.

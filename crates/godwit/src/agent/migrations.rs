@@ -31,6 +31,7 @@ use super::{
     error::{AgentError, Refusal},
     launch, machines,
     machines::Claim,
+    metrics::UnderWay,
     ownership::{self, Holder},
     recovery, state, workers,
 };
@@ -101,6 +102,18 @@ impl Migrations {
         self.lock().len()
     }
 
+    /// How those stand that are under way.
+    pub(super) fn under_way(&self) -> Vec<UnderWay> {
+        let tracked = self.lock();
+        let view = |Tracked { job, news }: &Tracked| UnderWay {
+            machine: job.spec.name.clone(),
+            peer: job.peer.clone(),
+            role: job.role,
+            progress: news.borrow().progress.clone(),
+        };
+        tracked.values().map(view).collect()
+    }
+
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Tracked>> {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -135,7 +148,7 @@ impl Agent {
         for id in self.state.migrations().unwrap_or_default() {
             let directory = self.state.migration(&id);
             if directory.join(job::REPORT_FILE).exists() {
-                tokio::spawn(async move { workers::clear(&directory).await });
+                tokio::spawn(self.clone().close_ended(id));
                 continue;
             }
             let resumed = state::read_json::<Job>(&directory.join(job::JOB_FILE))
@@ -145,6 +158,16 @@ impl Agent {
                 Ok((claim, job)) => drop(self.follow(job, claim)),
                 Err(error) => tracing::warn!(migration = id, %error, "can't be taken up"),
             }
+        }
+    }
+
+    /// Deals with a migration that ended while no agent was there to see it; its worker's socket says that none was.
+    async fn close_ended(self: Arc<Self>, id: String) {
+        let directory = self.state.migration(&id);
+        let was_seen = !directory.join(job::WORKER_SOCKET).exists();
+        workers::clear(&directory).await;
+        if let Some(report) = self.report(&id).filter(|_| !was_seen) {
+            self.metrics.count(&report);
         }
     }
 
@@ -225,8 +248,10 @@ impl Agent {
             let report = agent.put_in_order(&job, report).await;
             agent.migrations.lock().remove(&job.id);
             drop(claim);
-            news.send_modify(|news| news.report = Some(report));
+            news.send_modify(|news| news.report = Some(report.clone()));
             workers::clear(&agent.state.migration(&job.id)).await;
+            // From here on the next agent takes it for counted.
+            agent.metrics.count(&report);
             agent.forget_the_oldest();
         };
         tokio::spawn(follow.instrument(span));

@@ -13,6 +13,7 @@
 //! | [`admission`], [`reach`] | which requests of peers are looked at, and where their files really lead |
 //! | [`credentials`], [`supervisor`] | the certificate, renewed while the agent runs; the service manager |
 //! | [`machines`], [`launch`], [`adoption`] | machines: what is asked about them, how they start |
+//! | [`metrics`] | what is counted and measured, for Prometheus |
 //! | [`recovery`] | finishing or rolling back what a dead worker or host left |
 //! | [`migrations`], [`outgoing`], [`incoming`] | migrations: following them, and how each side begins one |
 
@@ -28,6 +29,7 @@ mod incoming;
 mod launch;
 mod listener;
 mod machines;
+mod metrics;
 mod migrations;
 mod outgoing;
 mod ownership;
@@ -42,7 +44,7 @@ mod taps;
 mod workers;
 
 use std::{
-    io::IsTerminal,
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
@@ -54,20 +56,17 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::OnceCell,
 };
-use tracing_subscriber::EnvFilter;
 
 use self::{
     admission::Admission,
     config::{Config, ConfigError},
     credentials::Credentials,
     machines::Busy,
+    metrics::Metrics,
     migrations::Migrations,
     state::StateDir,
 };
 pub(crate) use self::{api::openapi, credentials::CredentialsError, state::StateError};
-
-/// The variable that says how much is logged, in the syntax of `tracing_subscriber::EnvFilter`.
-pub(crate) const LOG_VARIABLE: &str = "GODWIT_LOG";
 
 /// Why the agent doesn't start.
 #[derive(Debug, thiserror::Error)]
@@ -112,6 +111,7 @@ pub(crate) struct Agent {
     accelerator: OnceCell<Accel>,
     busy: Busy,
     migrations: Migrations,
+    metrics: Metrics,
     admission: Admission,
 }
 
@@ -136,24 +136,20 @@ pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
         accelerator: OnceCell::new(),
         busy: Busy::default(),
         migrations: Migrations::default(),
+        metrics: Metrics::default(),
         admission: Admission::default(),
     });
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(agent.serve())
 }
 
-/// Logs to standard error: the agent's to the terminal or the journal, a worker's to the file that the agent gave it.
-pub(crate) fn log_to_stderr() {
-    let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new("info"));
-    let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
-}
-
 impl Agent {
     async fn serve(self: Arc<Self>) -> Result<(), StartError> {
         let unix = self.bind_socket()?;
-        let tcp = TcpListener::bind(self.config.listen)
-            .await
-            .map_err(|source| StartError::Listen { address: self.config.listen.to_string(), source })?;
+        let tcp = bind(self.config.listen).await?;
+        let metrics = match self.config.metrics_listen {
+            Some(address) => Some(bind(address).await?),
+            None => None,
+        };
         self.resume_migrations();
         self.undo_unfinished_starts().await;
         self.obey_orders().await;
@@ -162,6 +158,9 @@ impl Agent {
         let (kept, reload) = (self.clone(), signal(SignalKind::hangup())?);
         tokio::spawn(async move { kept.credentials.keep(reload).await });
         tokio::spawn(listener::serve(self.clone(), tcp));
+        if let Some(metrics) = metrics {
+            tokio::spawn(metrics::serve(self.clone(), metrics));
+        }
         tokio::spawn(supervisor::keep_alive(self.clone()));
         let name = self.config.name.as_str();
         tracing::info!(name, socket = %self.config.socket.display(), listen = %self.config.listen, "ready");
@@ -198,6 +197,11 @@ impl Agent {
         let detect = || accelerator::detect(&self.emulator, self.state.root());
         *self.accelerator.get_or_init(detect).await
     }
+}
+
+async fn bind(address: SocketAddr) -> Result<TcpListener, StartError> {
+    let listening = TcpListener::bind(address).await;
+    listening.map_err(|source| StartError::Listen { address: address.to_string(), source })
 }
 
 fn open_identity(config: &Config) -> Result<Credentials, StartError> {

@@ -15,13 +15,10 @@ use super::{
     machines::{monitor, running},
     migrations::doing,
     ownership,
-    state::read_json,
 };
 use crate::{
     api::{IncomingRequest, MigrateRequest, Migration},
-    job::{Command, JOB_FILE, Job, OnStall, Options, RECONNECT_TIMEOUT_MS, Role, StopPolicyName},
-    output::one_line,
-    throttle,
+    job::{Job, Options, RECONNECT_TIMEOUT_MS, Role},
     token::{Durability, Store},
 };
 
@@ -43,9 +40,6 @@ impl Agent {
         let peer = self.find_receiver(&request.to).await?;
         let epoch = ownership::check(&name, &directory)?.next();
         let running = running(&directory)?.ok_or_else(|| Refusal::Off(name.clone()))?;
-        if request.options.on_stall == OnStall::Throttle {
-            check_throttle(&name, running.process.pid)?;
-        }
         let own_monitor = directory.files().migration_qmp();
         let job = Job {
             id: new_id()?,
@@ -76,25 +70,6 @@ impl Agent {
         }
         self.show_migration(&id)
     }
-
-    /// Tells a migration under way what to do when its downtime target can't be met; what can't be done is refused here.
-    pub(super) async fn set_on_stall(&self, id: &str, on_stall: OnStall) -> Result<Migration, AgentError> {
-        let job: Job = read_json(&self.state.migration(self.existing(id)?).join(JOB_FILE))?;
-        if job.role == Role::Target {
-            return Err(Refusal::AtSource(job.peer).into());
-        }
-        check_options(&Options { on_stall, ..job.options })?;
-        if on_stall == OnStall::Throttle {
-            check_throttle(&job.spec.name, job.pid)?;
-        }
-        self.command(id, &Command::SetOnStall { on_stall }).await
-    }
-}
-
-/// Whether a machine could be slowed, which is known before it is needed.
-pub(super) fn check_throttle(machine: &str, pid: i32) -> Result<(), Refusal> {
-    throttle::probe(pid)
-        .map_err(|error| Refusal::Throttle { machine: machine.to_owned(), reason: one_line(&error) })
 }
 
 fn offer(job: &Job, qemu_version: String) -> IncomingRequest {
@@ -116,8 +91,6 @@ pub(super) fn check_options(options: &Options) -> Result<(), AgentError> {
         "bandwidth_bytes_per_second: more than 0, or null for no limit"
     } else if options.downtime_target_ms == 0 {
         "downtime_target_ms: more than 0"
-    } else if options.on_stall != OnStall::Switch && options.stop_policy != StopPolicyName::Gate {
-        "on_stall: `switch` unless the stop policy is `gate`"
     } else if !RECONNECT_TIMEOUT_MS.contains(&options.reconnect_timeout_ms) {
         "reconnect_timeout_ms: 1,000 to 3,600,000"
     } else {
@@ -155,7 +128,6 @@ mod tests {
             Options { connections: 9, ..Options::default() },
             Options { bandwidth_bytes_per_second: Some(0), ..Options::default() },
             Options { downtime_target_ms: 0, ..Options::default() },
-            Options { stop_policy: StopPolicyName::SmartStop, on_stall: OnStall::Wait, ..Options::default() },
             Options { reconnect_timeout_ms: 999, ..Options::default() },
             Options { reconnect_timeout_ms: 3_600_001, ..Options::default() },
         ] {

@@ -18,7 +18,7 @@ Examples:
   godwit vm run web1.toml                     start a machine on this host
   godwit migrate web1 --to hostb              move it, running, to another
   godwit migrate web1 --to hostb --bandwidth 80Mbit --downtime-target 50ms
-  godwit status --watch                       see what is under way
+  godwit status --watch                       watch what is under way
   godwit vm ls --json | jq .                  every verb speaks JSON";
 
 /// Moves running QEMU/KVM machines from host to host without a stop that anyone notices.
@@ -350,13 +350,15 @@ fn parse_reconnect_timeout(text: &str) -> Result<Duration, String> {
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:
   godwit status                 all migrations, the newest first
+  godwit status --watch         a live table of those under way
   godwit status web1 --watch    follow one to its end
   godwit --json status ID       its report")]
 pub(super) struct Status {
     /// A migration's id, or a machine's name (its newest migration)
     #[arg(value_name = "ID|VM")]
     pub(super) migration: Option<String>,
-    /// Follow it to its end; with --json one event a line
+    /// Follow it to its end, or all that are under way to theirs; with --json one event, or one migration that changed, a
+    /// line
     #[arg(long)]
     pub(super) watch: bool,
 }

@@ -6,6 +6,7 @@ use super::{
     arguments::{Migrate, Status},
     client::Client,
     exit::{self, Failure},
+    table,
     watch::{self, Watched},
 };
 use crate::{
@@ -37,9 +38,8 @@ pub(super) async fn migrate(
 pub(super) async fn status(client: &Client, status: Status, output: Output) -> Result<ExitCode, Failure> {
     let Some(wanted) = status.migration else {
         let migrations: Vec<Migration> = client.get("/v1/migrations").await?;
-        let newest = migrations.iter().find(|migration| migration.report.is_none());
-        if let (true, Some(running)) = (status.watch, newest) {
-            return follow(client, running, output, true).await;
+        if status.watch && (output.json || migrations.iter().any(|migration| migration.report.is_none())) {
+            return table::watch(client, migrations, output).await;
         }
         output.answer(&migrations, |migrations| output::migrations(migrations));
         return Ok(ExitCode::SUCCESS);

@@ -12,6 +12,7 @@ mod identity;
 mod machines;
 mod migrations;
 mod recover;
+mod table;
 mod watch;
 
 use std::process::ExitCode;
@@ -23,7 +24,7 @@ use self::{
     client::Client,
     exit::Failure,
 };
-use crate::{agent, output::Output, worker};
+use crate::{agent, log, output::Output, worker};
 
 /// Reads the arguments, does what they say, and returns the exit code.
 pub(crate) fn main() -> ExitCode {
@@ -50,7 +51,7 @@ fn run(arguments: Arguments, output: Output) -> Result<ExitCode, Failure> {
         Verb::Ca(verb) => identity::authority(verb, output)?,
         Verb::Join(join) => identity::join(&join, output)?,
         Verb::Agent(start) => {
-            agent::log_to_stderr();
+            log::of_agent();
             agent::main(&start.config, start.check)?;
         }
         Verb::Analyze(analyze) => analyze::run(&analyze.file, output)?,
@@ -62,7 +63,6 @@ fn run(arguments: Arguments, output: Output) -> Result<ExitCode, Failure> {
         Verb::Worker { directory } => {
             // A session of its own: the worker outlives the agent's terminal.
             let _ = nix::unistd::setsid();
-            agent::log_to_stderr();
             worker::run(directory).map_err(|error| Failure::failed(format!("{error:#}")))?;
         }
         Verb::Vm(verb) => return block_on(machines::run(&client, verb, output)),

@@ -19,7 +19,7 @@ const REPORT_POLL: Duration = Duration::from_millis(50);
 const EVENTS_POLL: Duration = Duration::from_millis(200);
 
 /// How long an agent that was there may be away.
-const AGENT_PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const AGENT_PATIENCE: Duration = Duration::from_secs(30);
 /// What is owed is counted in pages.
 const PAGE_BYTES: u64 = 4096;
 
@@ -142,7 +142,6 @@ fn bar(machine: &str, peer: &str) -> ProgressBar {
 fn line(progress: &Progress) -> String {
     let mut parts = Vec::new();
     parts.extend(progress.link_silent_ms.map(|ms| format!("nothing heard for {}", time_ms(ms as f64))));
-    parts.extend(progress.guest_share_percent.map(|percent| format!("guest slowed to {percent} %")));
     parts.extend(progress.predicted_remaining_ms.map(|ms| format!("{} left", time_ms(ms as f64))));
     parts.extend(progress.predicted_downtime_ms.map(|ms| format!("pause now {}", time_ms(ms as f64))));
     parts.push(rate(progress.rate_bytes_per_second));

@@ -24,6 +24,7 @@ use self::journal::Journal;
 use crate::{
     agent::process::Process,
     job::{JOB_FILE, Job, Role},
+    log,
     token::TokenError,
 };
 
@@ -41,18 +42,19 @@ pub(crate) fn run(directory: PathBuf) -> anyhow::Result<()> {
     let bytes = std::fs::read(&path).with_context(|| format!("can't read {}", path.display()))?;
     let job: Job =
         serde_json::from_slice(&bytes).with_context(|| format!("{} isn't a job", path.display()))?;
+    log::of_worker(&job);
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     runtime.block_on(carry(job, &directory))
 }
 
 async fn carry(job: Job, directory: &Path) -> anyhow::Result<()> {
     let (journal, commands) = Journal::open(directory).context("can't open the journal")?;
-    tracing::info!(migration = job.id, machine = job.spec.name, role = ?job.role, "begins");
+    tracing::info!(peer = job.peer, "begins");
     let report = match job.role {
         Role::Source => source::run(job, &journal, commands).await,
         Role::Target => target::run(job, directory, &journal, commands).await,
     };
-    tracing::info!(migration = report.id, outcome = ?report.outcome, detail = report.detail, "ends");
+    tracing::info!(outcome = ?report.outcome, detail = report.detail, "ends");
     journal.finish(report).context("can't write the report")?;
     // Whoever watches gets the last line before the socket goes.
     tokio::time::sleep(Duration::from_millis(50)).await;

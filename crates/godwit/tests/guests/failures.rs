@@ -274,7 +274,7 @@ impl ImageLock {
 
 impl Migration<'_> {
     /// What its source's worker said so far.
-    pub(crate) fn events(&self) -> String {
+    fn events(&self) -> String {
         fs::read_to_string(self.from.migration_file(&self.id, "events.ndjson")).unwrap()
     }
 }

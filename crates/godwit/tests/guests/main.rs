@@ -5,7 +5,6 @@
 //! | [`moves`] | there and back, with both memories compared through QEMU while both are paused |
 //! | [`options`] | every option and machine type that changes how a machine travels |
 //! | [`states`] | a machine that its operator paused |
-//! | [`stalling`] | a guest that outruns its link |
 //! | [`cancelling`] | giving up, in every phase |
 //! | [`refusals`] | targets that aren't like the source |
 //! | [`failures`] | a worker that dies |
@@ -24,5 +23,4 @@ mod memory;
 mod moves;
 mod options;
 mod refusals;
-mod stalling;
 mod states;

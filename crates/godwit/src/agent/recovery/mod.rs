@@ -188,8 +188,6 @@ impl Agent {
         };
         let found = describe(record.as_ref(), borrowed::noted(directory.path()).is_some());
         let mut shell = Shell::new(self, name);
-        // First of all: what follows may wait for the peer, and a slow guest shouldn't.
-        shell.give_speed_back();
         let settled = match (ended, open(&directory)) {
             // Nothing was recorded of this attempt: lest it come true later, it is refused for good.
             (Some(job), _) if job.role == Role::Target && is_older(record.as_ref(), job) => {
@@ -210,6 +208,7 @@ impl Agent {
         };
         if !shell.did.is_empty() || state != FindingState::Settled {
             tracing::info!(machine = name, found, did, ?state, "settling");
+            self.metrics.settled(state);
         }
         self.finding(name, found, did, state)
     }

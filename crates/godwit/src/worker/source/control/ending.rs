@@ -16,7 +16,6 @@ const GOODBYE: Duration = Duration::from_secs(2);
 
 impl Control<'_> {
     pub(super) async fn end(mut self) -> Result<(), WorkerError> {
-        self.brake.release();
         self.fill_in();
         match self.outcome.take() {
             Some(Outcome::HandedOver { resumed_unix_us }) => self.handed_over(resumed_unix_us),
@@ -51,7 +50,6 @@ impl Control<'_> {
         report.repeated_bytes = stats.repeated_bytes;
         report.round_trip_ms = stats.min_rtt.map(|time| time.as_secs_f64() * 1e3);
         report.device_state_bytes = self.threads.account.stream_bytes();
-        report.throttled_ms = self.brake.slowed_ms();
         report.passes = self.threads.pace.passes();
         report.versions_named = mover.named;
         report.versions_coalesced = mover.coalesced;
