@@ -23,7 +23,7 @@ use self::{
     summary::Summary,
 };
 use crate::{
-    contest::{GUEST_MEMORY_MB, Load, Stage, cores::Cores, hosts},
+    contest::{Load, Stage, cores::Cores, hosts},
     setup,
 };
 
@@ -178,9 +178,4 @@ impl Arena {
         let outcome = outcome?;
         Ok(Run::of(turn, &outcome, cores.busy(&usage, outcome.span), &self.commit))
     }
-}
-
-/// A guest's memory, as runs tell it.
-fn guest_mb() -> u64 {
-    GUEST_MEMORY_MB
 }

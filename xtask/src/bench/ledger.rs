@@ -8,11 +8,8 @@ use std::{
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::{
-    guest_mb,
-    plan::{Link, Turn},
-};
-use crate::contest::{Outcome, cores::Busy};
+use super::plan::{Link, Turn};
+use crate::contest::{GUEST_MEMORY_MB, Outcome, cores::Busy};
 
 /// One migration, as `--json` has it. What wasn't measured or forecast is null.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -55,7 +52,7 @@ impl Run {
             guest_command: turn.guest_command.clone(),
             link_mbit: turn.link.rate_mbit,
             rtt_ms: turn.link.round_trip_ms,
-            guest_mb: guest_mb(),
+            guest_mb: GUEST_MEMORY_MB,
             round: turn.round,
             converged: outcome.converged,
             wire_bytes: outcome.wire_bytes,
@@ -80,7 +77,7 @@ impl Run {
             && self.workload == turn.workload
             && self.guest_command == turn.guest_command
             && self.link() == turn.link
-            && self.guest_mb == guest_mb()
+            && self.guest_mb == GUEST_MEMORY_MB
             && self.round == turn.round
     }
 }
@@ -153,7 +150,7 @@ pub(super) mod tests {
             guest_command: None,
             link_mbit: 100,
             rtt_ms: 20,
-            guest_mb: guest_mb(),
+            guest_mb: GUEST_MEMORY_MB,
             round,
             converged: true,
             wire_bytes: megabytes * 1_000_000,

@@ -137,21 +137,25 @@ struct Metric {
 
 const WIRE: Metric = Metric {
     name: "bytes on the wire",
-    unit: "MB",
+    unit: " MB",
     decimals: 1,
     less_is_better: true,
     of: |row| row.wire_mb,
 };
 const TOTAL: Metric =
-    Metric { name: "total time", unit: "s", decimals: 1, less_is_better: true, of: |row| row.total_s };
+    Metric { name: "total time", unit: " s", decimals: 1, less_is_better: true, of: |row| row.total_s };
 const DOWNTIME: Metric =
-    Metric { name: "downtime", unit: "ms", decimals: 1, less_is_better: true, of: |row| row.downtime_ms };
+    Metric { name: "downtime", unit: " ms", decimals: 1, less_is_better: true, of: |row| row.downtime_ms };
 const PROGRESS: Metric =
     Metric { name: "guest progress", unit: "", decimals: 3, less_is_better: false, of: |row| row.progress };
 
 impl Metric {
     fn median(&self, row: &Row) -> Option<f64> {
         (self.of)(row).map(|spread| spread.median)
+    }
+
+    fn shown(&self, value: f64) -> String {
+        format!("{value:.0$}{1}", self.decimals, self.unit)
     }
 }
 
@@ -212,13 +216,9 @@ impl Group {
         let better = pairs.filter_map(|(row, metric)| {
             let (theirs, own) = (metric.median(row)?, metric.median(godwit)?);
             let is_better = if metric.less_is_better { theirs < own } else { theirs > own };
-            let Metric { name, unit, decimals, .. } = metric;
+            let shown = |value| metric.shown(value);
             is_better.then(|| {
-                let line = format!(
-                    "{}: {name} {theirs:.decimals$} {unit}, godwit {own:.decimals$}",
-                    row.contender.name
-                );
-                format!("{} {unit}", line.trim_end()).trim_end().replace("  ", " ").replace(" ,", ",")
+                format!("{}: {} {}, godwit {}", row.contender.name, metric.name, shown(theirs), shown(own))
             })
         });
         better.collect()
