@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use godwit_migration::handover;
+use godwit_migration::{forecast::Score, handover};
 use godwit_qemu::machine::Spec;
 use godwit_transport::session::Versions;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::job::{OnStall, Options, Phase, Progress, Report, Role};
+use crate::job::{Forecast, OnStall, Options, Phase, Progress, Report, Role};
 
 /// The versions that agents speak among themselves; a release speaks its own and the one before.
 pub(crate) const AGENT_VERSIONS: Versions = Versions { lowest: 1, highest: 1 };
@@ -148,6 +148,8 @@ pub(crate) struct Migration {
     pub phase: Phase,
     /// How far it is.
     pub progress: Progress,
+    /// What it was thought to take before its first byte was sent; at the source only.
+    pub forecast: Option<Forecast>,
     /// The final report, once there is one.
     pub report: Option<Report>,
 }
@@ -255,6 +257,90 @@ pub(crate) enum FindingState {
     Waiting,
     /// QEMU or the disk doesn't do what it should; it is tried again by itself.
     Failed,
+}
+
+/// A migration that wouldn't be refused.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Check {
+    /// The machine.
+    pub machine: String,
+    /// Its type, versioned.
+    pub machine_type: String,
+    /// Its memory.
+    pub memory_bytes: u64,
+    /// The host that has it.
+    pub from: String,
+    /// The host that would get it.
+    pub to: String,
+    /// The host that has it.
+    pub source: CheckedHost,
+    /// The host that would get it.
+    pub target: CheckedHost,
+    /// The pause to aim at.
+    pub downtime_target_ms: u64,
+    /// What it would take; `None` if the guest's memory can't be read, or the link not be measured.
+    pub forecast: Option<Forecast>,
+}
+
+/// One end of a migration that was checked.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct CheckedHost {
+    /// The version of its QEMU.
+    pub qemu_version: String,
+    /// Whether the processor executes the guest (KVM), or QEMU does.
+    pub kvm: bool,
+    /// Memory that could be given to programs.
+    pub available_memory_bytes: u64,
+    /// When its certificate expires, seconds since the Unix epoch.
+    pub certificate_expires_unix_s: u64,
+}
+
+/// What migrations were thought to take, and what they took.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct History {
+    /// The newest first.
+    pub entries: Vec<HistoryEntry>,
+    /// How good the forecasts were.
+    pub score: HistoryScore,
+}
+
+/// A machine that went to another host.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HistoryEntry {
+    /// The migration.
+    pub id: String,
+    /// The machine.
+    pub machine: String,
+    /// Where it went.
+    pub peer: String,
+    /// When, seconds since the Unix epoch.
+    pub ended_unix_s: u64,
+    /// What was foreseen.
+    pub forecast: Option<Forecast>,
+    /// What it took.
+    pub total_ms: u64,
+    /// Payload on the wire.
+    pub wire_bytes: u64,
+    /// STOP to RESUME.
+    pub downtime_ms: Option<f64>,
+    /// What the link carried.
+    pub rate_bytes_per_second: Option<u64>,
+    /// The link's round trip.
+    pub round_trip_ms: Option<f64>,
+}
+
+/// How good forecasts were: median error, share within the interval, median width of the intervals.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+pub(crate) struct HistoryScore {
+    /// In total time.
+    #[schema(value_type = Object)]
+    pub total: Score,
+    /// In bytes on the wire.
+    #[schema(value_type = Object)]
+    pub bytes: Score,
+    /// In downtime.
+    #[schema(value_type = Object)]
+    pub downtime: Score,
 }
 
 /// One agent says something about an open hand-over to another, because a worker can't.

@@ -1,9 +1,12 @@
 //! QEMU's migration settings while a migration has changed them: what they were lies beside the machine's spec, so that
-//! whoever comes after a worker that died can put them back.
+//! whoever comes after a worker that died can put them back. Who puts them back also gives a slowed guest its speed back
+//! (`throttle`), whose note never lies there alone.
 
 use std::{fs, io, path::Path};
 
 use godwit_qemu::qmp::{Client, MigrationSettings, QmpError};
+
+use crate::{output::one_line, throttle};
 
 /// The file's name in a machine's directory.
 pub(crate) const BORROWED_FILE: &str = "qemu-settings.json";
@@ -47,7 +50,10 @@ pub(crate) async fn give_back(machine_dir: &Path, monitor: &Client) -> Result<()
     Ok(())
 }
 
-/// Forgets the note; for a QEMU that has ended.
+/// Forgets the note; for a QEMU that has ended. What slowed it goes with it.
 pub(crate) fn forget(machine_dir: &Path) {
+    if let Err(error) = throttle::lift(machine_dir) {
+        tracing::warn!(error = one_line(&error), "a machine may still be slowed");
+    }
     let _ = fs::remove_file(machine_dir.join(BORROWED_FILE));
 }

@@ -8,7 +8,10 @@
 
 use std::{net::SocketAddr, ops::RangeInclusive, path::PathBuf, time::Duration};
 
-use godwit_migration::handover;
+use godwit_migration::{
+    forecast::{self, Course},
+    handover,
+};
 use godwit_qemu::machine::Spec;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -53,6 +56,8 @@ pub(crate) struct Job {
     pub partial: Option<Partial>,
     /// The epoch that this migration tries to hand over.
     pub epoch: u64,
+    /// What the migration will take (source only).
+    pub forecast: Option<Forecast>,
     /// What the operator chose.
     pub options: Options,
 }
@@ -79,6 +84,8 @@ impl Job {
             downtime_source_ms: None,
             round_trip_ms: None,
             predicted_downtime_ms: None,
+            forecast: self.forecast.clone(),
+            throttled_ms: 0,
             wire_bytes: 0,
             reconnections: 0,
             repeated_bytes: 0,
@@ -297,6 +304,9 @@ pub(crate) struct Progress {
     pub dirty_pages_per_second: u64,
     /// The pause if the guest were stopped now.
     pub predicted_downtime_ms: Option<u64>,
+    /// The share of its speed that the guest is slowed to, if it is.
+    #[serde(default)]
+    pub guest_share_percent: Option<u8>,
     /// Since when nothing is heard of the target, if that is long.
     pub link_silent_ms: Option<u64>,
     /// Time until the machine runs at the target, if the guest goes on as it does.
@@ -347,6 +357,12 @@ pub(crate) struct Report {
     pub round_trip_ms: Option<f64>,
     /// What the prediction said when the stop was decided.
     pub predicted_downtime_ms: Option<u64>,
+    /// What was foreseen before the first byte was sent; `None` at the target, and where the guest's memory can't be
+    /// read.
+    pub forecast: Option<Forecast>,
+    /// For how long the guest was slowed, so that its target could be met.
+    #[serde(default)]
+    pub throttled_ms: u64,
     /// Payload put on the wire by the session, TLS and TCP headers excluded.
     pub wire_bytes: u64,
     /// How often new connections took the place of lost ones.
@@ -371,6 +387,53 @@ pub(crate) struct Report {
     pub cpu_seconds: f64,
     /// Result of `--verify full`: pages compared and found equal.
     pub pages_verified: Option<u64>,
+}
+
+/// What a migration was thought to take before its first byte was sent (docs/foresight.md).
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Forecast {
+    /// As [`Report::total_ms`].
+    pub total_ms: Range,
+    /// As [`Report::wire_bytes`].
+    pub wire_bytes: Range,
+    /// STOP to RESUME, if the gate takes its time.
+    pub downtime_ms: Range,
+    /// Whether that is likely to meet the operator's target.
+    pub meets_target: bool,
+    /// What the link was thought to carry, the operator's limit included.
+    pub rate_bytes_per_second: u64,
+    /// The link's round trip.
+    pub round_trip_ms: f64,
+    /// The same before earlier outcomes corrected it.
+    #[schema(value_type = Object)]
+    pub uncorrected: Course,
+}
+
+/// A figure that isn't known yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Range {
+    /// Nine of ten outcomes are between this
+    pub low: u64,
+    /// Most likely.
+    pub likely: u64,
+    /// and this.
+    pub high: u64,
+}
+
+impl From<forecast::Range> for Range {
+    fn from(range: forecast::Range) -> Self {
+        Self {
+            low: range.low.floor() as u64,
+            likely: range.likely.round() as u64,
+            high: range.high.ceil() as u64,
+        }
+    }
+}
+
+impl From<Range> for forecast::Range {
+    fn from(range: Range) -> Self {
+        Self { low: range.low as f64, likely: range.likely as f64, high: range.high as f64 }
+    }
 }
 
 /// Pages and bytes by the form in which they travelled.

@@ -14,6 +14,8 @@ mod output;
 mod quantity;
 #[cfg(feature = "sabotage")]
 mod sabotage;
+mod sample;
+mod throttle;
 mod token;
 mod worker;
 

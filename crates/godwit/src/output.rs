@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::{
     api::{Machine, Migration, Problem},
-    job::{Outcome, Phase, Report, Role},
+    job::{Forecast, Outcome, Phase, Report, Role},
     quantity::{count, rate, size, time_ms},
 };
 
@@ -158,15 +158,36 @@ pub(crate) fn outcome(outcome: Outcome) -> &'static str {
     }
 }
 
+/// A forecast in one line.
+#[must_use]
+pub(crate) fn forecast(forecast: &Forecast) -> String {
+    let Forecast { total_ms, wire_bytes, downtime_ms, .. } = forecast;
+    let time = |ms: u64| time_ms(ms as f64);
+    format!(
+        "about {} ({} to {}), {}, pause {}",
+        time(total_ms.likely),
+        time(total_ms.low),
+        time(total_ms.high),
+        size(wire_bytes.likely),
+        time(downtime_ms.likely)
+    )
+}
+
 /// A report on one screen.
 #[must_use]
 pub(crate) fn report(report: &Report) -> String {
     let mut text = headline(report);
     let mut line = |label: &str, value: String| text.push_str(&format!("  {label:<18}{value}\n"));
     line("total", time_ms(report.total_ms as f64));
+    if let Some(foreseen) = &report.forecast {
+        line("foreseen", forecast(foreseen));
+    }
     if let Some(downtime) = report.downtime_source_ms.or(report.downtime_ms) {
         let predicted = report.predicted_downtime_ms.map(|ms| format!(" (predicted {ms} ms)"));
         line("downtime", format!("{}{}", time_ms(downtime), predicted.unwrap_or_default()));
+    }
+    if report.throttled_ms > 0 {
+        line("guest slowed", format!("for {}", time_ms(report.throttled_ms as f64)));
     }
     if let Some(round_trip) = report.round_trip_ms {
         line("round trip", time_ms(round_trip));
@@ -296,6 +317,8 @@ mod tests {
             downtime_source_ms: Some(19.0),
             round_trip_ms: Some(20.1),
             predicted_downtime_ms: Some(31),
+            forecast: None,
+            throttled_ms: 0,
             wire_bytes: 168_000_000,
             reconnections: 1,
             repeated_bytes: 300_000,

@@ -85,7 +85,10 @@ impl Stall {
     /// Looks at a sample and at what the policy says to it. The prices come with the first sample at which the stall is
     /// certain, and never again.
     pub fn observe(&mut self, sample: &Sample, verdict: Verdict) -> (Ruling, Option<Prices>) {
-        if let Verdict::Stop { reason: reason @ StopReason::TargetMet } = verdict {
+        // Smart Stop's reasons know of no target: it stops where CloudNet does.
+        if let Verdict::Stop { reason } = verdict
+            && reason != StopReason::LocalMinimum
+        {
             return (Ruling::Stop(reason), None);
         }
         let is_certain = self.is_certain(sample, verdict);

@@ -67,6 +67,11 @@ pub enum StopReason {
 pub trait StopPolicy: Send {
     /// Looks at the newest sample. Samples come in the order of their times, several a second.
     fn observe(&mut self, sample: &Sample) -> Verdict;
+
+    /// The time after which even a guest that outruns its link is as good as stopped; `None` if the policy knows none yet.
+    fn patience_ends_ms(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// What the [`Gate`] aims at.
@@ -175,6 +180,10 @@ impl StopPolicy for Gate {
             return Verdict::Stalled { predicted_pause_ms: sample.predicted_pause_ms };
         }
         Verdict::Continue
+    }
+
+    fn patience_ends_ms(&self) -> Option<u64> {
+        self.began_ms.map(|began_ms| began_ms + self.settings.patience_ms * Self::PATIENCES)
     }
 }
 

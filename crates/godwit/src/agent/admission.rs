@@ -13,7 +13,7 @@ use std::{
 use axum::{
     Extension,
     extract::{Request, State},
-    http::{HeaderMap, Method},
+    http::HeaderMap,
     middleware::Next,
     response::Response,
 };
@@ -22,7 +22,8 @@ use godwit_transport::{identity::HostName, session::Versions};
 use super::{
     Agent,
     error::{AgentError, Refusal},
-    peers::INCOMING_PATH,
+    peers::{INCOMING_PATH, REHEARSAL_PATH},
+    probe::PROBE_PATH,
     rate::{Buckets, Rate},
 };
 use crate::api::{AGENT_VERSIONS, VERSIONS_HEADER};
@@ -31,29 +32,37 @@ use crate::api::{AGENT_VERSIONS, VERSIONS_HEADER};
 const REQUESTS: Rate = Rate { burst: 256, per_second: 64.0 };
 /// Machines that one peer offers: each starts a QEMU and a worker here.
 const OFFERS: Rate = Rate { burst: 32, per_second: 1.0 };
+/// Probes of one peer: each takes up to a mebibyte of the link.
+const PROBES: Rate = Rate { burst: 8, per_second: 0.5 };
 
 /// How often each peer came. There are no more entries than hosts under `[peers]`.
 #[derive(Debug)]
 pub(super) struct Admission {
     requests: Mutex<Buckets<HostName>>,
     offers: Mutex<Buckets<HostName>>,
+    probes: Mutex<Buckets<HostName>>,
 }
 
 impl Default for Admission {
     fn default() -> Self {
-        let [requests, offers] = [REQUESTS, OFFERS].map(|rate| Mutex::new(Buckets::new(rate)));
-        Self { requests, offers }
+        let [requests, offers, probes] =
+            [REQUESTS, OFFERS, PROBES].map(|rate| Mutex::new(Buckets::new(rate)));
+        Self { requests, offers, probes }
     }
 }
 
 impl Admission {
-    fn take(&self, peer: &HostName, offers: bool, now: Instant) -> Result<(), Refusal> {
+    fn take(&self, peer: &HostName, path: &str, now: Instant) -> Result<(), Refusal> {
         let take = |buckets: &Mutex<Buckets<HostName>>, what| {
             let taken = buckets.lock().unwrap_or_else(PoisonError::into_inner).take(peer.clone(), now);
             taken.map_err(|wait| Refusal::TooOften { peer: peer.to_string(), what, wait })
         };
         take(&self.requests, "asks")?;
-        if offers { take(&self.offers, "offers machines") } else { Ok(()) }
+        match path {
+            INCOMING_PATH | REHEARSAL_PATH => take(&self.offers, "offers machines"),
+            PROBE_PATH => take(&self.probes, "measures the link"),
+            _ => Ok(()),
+        }
     }
 }
 
@@ -68,8 +77,7 @@ pub(super) async fn admit(
         return Err(Refusal::UnknownPeer(peer.to_string()).into());
     }
     check_versions(&peer, request.headers())?;
-    let offers = request.method() == Method::POST && request.uri().path() == INCOMING_PATH;
-    agent.admission.take(&peer, offers, Instant::now())?;
+    agent.admission.take(&peer, request.uri().path(), Instant::now())?;
     Ok(next.run(request).await)
 }
 
@@ -136,12 +144,12 @@ mod tests {
     fn offers_run_out_before_questions_do() {
         let (admission, now) = (Admission::default(), Instant::now());
         let (hosta, hostb) = ("hosta".parse().unwrap(), "hostb".parse().unwrap());
-        let offered = (0..100).filter(|_| admission.take(&hosta, true, now).is_ok()).count();
+        let offered = (0..100).filter(|_| admission.take(&hosta, INCOMING_PATH, now).is_ok()).count();
         assert_eq!(offered, 32);
-        let refusal = admission.take(&hosta, true, now).unwrap_err().to_string();
+        let refusal = admission.take(&hosta, INCOMING_PATH, now).unwrap_err().to_string();
         assert_eq!(refusal, "hosta offers machines too often; it may again in 1 s");
-        admission.take(&hosta, false, now).unwrap();
-        admission.take(&hostb, true, now).unwrap();
-        admission.take(&hosta, true, now + Duration::from_secs(1)).unwrap();
+        admission.take(&hosta, "/v1/orders", now).unwrap();
+        admission.take(&hostb, INCOMING_PATH, now).unwrap();
+        admission.take(&hosta, INCOMING_PATH, now + Duration::from_secs(1)).unwrap();
     }
 }

@@ -30,8 +30,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{Agent, detached::detached, error::AgentError};
 use crate::{
     api::{
-        AdoptRequest, AssumeLost, BandwidthRequest, Health, Machine, MigrateRequest, Migration,
-        OnStallRequest, Problem, ProblemCode, RecoverRequest, Recovery, Removed, RunRequest, StopRequest,
+        AdoptRequest, AssumeLost, BandwidthRequest, Check, Health, History, Machine, MigrateRequest,
+        Migration, OnStallRequest, Problem, ProblemCode, RecoverRequest, Recovery, Removed, RunRequest,
+        StopRequest,
     },
     job::{self, Command, Event},
 };
@@ -67,6 +68,8 @@ fn described() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(events))
         .routes(routes!(cancel))
         .routes(routes!(recover))
+        .routes(routes!(history))
+        .routes(routes!(check))
         .routes(routes!(set_bandwidth))
         .routes(routes!(set_on_stall))
 }
@@ -129,7 +132,7 @@ async fn metrics(State(agent): Shared) -> Response {
     agent.metrics_page().await
 }
 
-fn unix_s(time: SystemTime) -> u64 {
+pub(super) fn unix_s(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }
 
@@ -237,6 +240,20 @@ async fn cancel(State(agent): Shared, Path(id): Path<String>) -> Answer<Migratio
     agent.command(&id, &Command::Cancel).await.map(Json)
 }
 
+/// Whether a migration would be refused, and what it would take; nothing is moved
+#[utoipa::path(post, path = "/v1/checks", request_body = MigrateRequest, responses(
+    (status = OK, body = Check), (status = BAD_REQUEST, body = Problem), (status = NOT_FOUND, body = Problem),
+    (status = CONFLICT, body = Problem)))]
+async fn check(State(agent): Shared, Body(request): Body<MigrateRequest>) -> Answer<Check> {
+    agent.check(request).await.map(Json)
+}
+
+/// What migrations were thought to take, and what they took, the newest first
+#[utoipa::path(get, path = "/v1/history", responses((status = OK, body = History)))]
+async fn history(State(agent): Shared) -> Json<History> {
+    Json(agent.show_history())
+}
+
 /// Finish or roll back what migrations left behind
 #[utoipa::path(post, path = "/v1/recovery", request_body = RecoverRequest, responses(
     (status = OK, body = Recovery), (status = NOT_FOUND, body = Problem), (status = CONFLICT, body = Problem)))]
@@ -274,7 +291,7 @@ async fn set_on_stall(
     Path(id): Path<String>,
     Body(request): Body<OnStallRequest>,
 ) -> Answer<Migration> {
-    agent.command(&id, &Command::SetOnStall { on_stall: request.on_stall }).await.map(Json)
+    agent.set_on_stall(&id, request.on_stall).await.map(Json)
 }
 
 /// A body that passes on what a reader gives, until it ends.

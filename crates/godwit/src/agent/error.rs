@@ -19,6 +19,7 @@ use crate::{
     output::one_line,
     quantity::{size, time_ms},
     token::TokenError,
+    worker::GuestError,
 };
 
 /// Why a machine isn't touched: a rule forbids it, or it isn't in the state for it.
@@ -74,6 +75,16 @@ pub(super) enum Refusal {
     FenceFailed { host: String, reason: String },
     #[error(transparent)]
     Policy(#[from] PolicyRefusal),
+    #[error("that is for {0} to decide, where the machine is; ask its agent")]
+    AtSource(String),
+    #[error("{machine} can't be throttled: {reason}")]
+    Throttle { machine: String, reason: String },
+    #[error(transparent)]
+    Guest(#[from] GuestError),
+    #[error("that is for {0} to decide, where the machine is; ask its agent")]
+    AtSource(String),
+    #[error("{machine} can't be throttled: {reason}")]
+    Throttle { machine: String, reason: String },
     #[error(transparent)]
     Reach(#[from] ReachRefusal),
     #[error("{0}")]

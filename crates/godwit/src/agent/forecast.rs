@@ -12,13 +12,12 @@ use godwit_migration::{
     stop::GateSettings,
 };
 use godwit_qemu::qmp;
-
 use tokio::task::JoinHandle;
 
 use super::{Agent, history, peers::PeerAgent, probe::Measured, sampling::Sampling, state};
 use crate::{
     api::{History, HistoryEntry},
-    job::{Forecast, Job, Options, Outcome, Report, Role},
+    job::{Forecast, Job, Outcome, Report, Role},
     output::one_line,
     worker::MemoryMap,
 };
@@ -35,13 +34,6 @@ pub(super) struct Outlook {
 enum LinkOutlook {
     Known(Measured),
     Probing(JoinHandle<Option<Measured>>),
-}
-
-/// A migration that is to be foreseen.
-pub(super) struct Subject<'a> {
-    pub(super) machine: &'a str,
-    pub(super) peer: &'a str,
-    pub(super) options: &'a Options,
 }
 
 impl Agent {
@@ -65,20 +57,20 @@ impl Agent {
     }
 
     /// What the migration will take, if the guest's memory could be looked at and the link is known.
-    pub(super) async fn foresee(&self, subject: &Subject<'_>, outlook: Outlook) -> Option<Forecast> {
+    pub(super) async fn foresee(&self, job: &Job, outlook: Outlook) -> Option<Forecast> {
         let sample = outlook.sampling?.newest().await?;
         let Measured { rate_bytes_per_second: measured, round_trip_ms } = match outlook.link {
             LinkOutlook::Known(measured) => measured,
             LinkOutlook::Probing(probing) => probing.await.ok()??,
         };
-        let Subject { machine, peer, options } = subject;
+        let Job { peer, options, .. } = job;
         let rate = options.bandwidth_bytes_per_second.map_or(measured, |limit| measured.min(limit)).max(1);
         let learned: Learned = state::read_json(&self.state.learned(peer)).unwrap_or_default();
         let link = Link { rate_bytes_per_second: rate as f64, round_trip_ms };
         let gate = GateSettings::new(options.downtime_target_ms as f64);
         let course = course(&sample, &link, &gate, &learned);
         tracing::debug!(?sample, ?link, ?course, "foreseen");
-        let corrections = self.history.corrections(machine, peer);
+        let corrections = self.history.corrections(&job.spec.name, peer);
         Some(corrections.apply(course, options.downtime_target_ms, (rate, round_trip_ms)))
     }
 

@@ -140,7 +140,6 @@ impl Corrections {
             wire_bytes: self.wire_bytes.apply(course.wire_bytes).into(),
             downtime_ms,
             meets_target: downtime_ms.likely <= target_ms,
-            early_downtime_ms: Range::from(self.downtime_ms.apply(course.early_downtime_ms)).likely,
             rate_bytes_per_second: rate,
             round_trip_ms,
             uncorrected: course,
@@ -170,7 +169,7 @@ mod tests {
     use super::*;
 
     const COURSE: Course =
-        Course { total_ms: 10_000.0, wire_bytes: 1e8, downtime_ms: 20.0, early_downtime_ms: 300.0 };
+        Course { total_ms: 10_000.0, wire_bytes: 1e8, downtime_ms: 20.0, share_to_meet: Some(1.0) };
 
     fn entry(number: u64, machine: &str, factor: u64) -> HistoryEntry {
         let forecast = Corrections::of(&[]).apply(COURSE, 50, (12_000_000, 20.0));

@@ -31,17 +31,18 @@ use super::{
     detached::detached,
     error::{AgentError, Refusal},
     launch,
-    machines::{Claim, running},
+    machines::{Claim, monitor, running},
     migrations::{News, doing, is_id},
     outgoing::check_options,
     ownership::{self, Holder, Ownership},
-    peers::{HANDOVER_PATH, INCOMING_PATH, ORDERS_PATH},
+    peers::{HANDOVER_PATH, INCOMING_PATH, ORDERS_PATH, REHEARSAL_PATH},
+    probe::{self, PROBE_PATH},
     reach,
     state::{MachineDir, Running, Starting},
     workers,
 };
 use crate::{
-    api::{HandoverAnswer, HandoverRequest, IncomingReady, IncomingRequest, Orders, Withdrawn},
+    api::{CheckedHost, HandoverAnswer, HandoverRequest, IncomingReady, IncomingRequest, Orders, Withdrawn},
     job::{Command, Job, Partial, Role},
 };
 
@@ -61,6 +62,8 @@ pub(super) fn router(agent: Arc<Agent>, peer: HostName) -> Router {
         .route(&format!("{INCOMING_PATH}/{{id}}"), delete(withdraw))
         .route(HANDOVER_PATH, post(hear))
         .route(ORDERS_PATH, get(orders))
+        .route(REHEARSAL_PATH, post(rehearse))
+        .route(PROBE_PATH, post(probe::receive))
         .layer(middleware::from_fn(detached))
         .layer(middleware::from_fn_with_state(agent.clone(), admit))
         .layer(DefaultBodyLimit::max(REQUEST_BYTES_MAX))
@@ -79,6 +82,14 @@ async fn accept(
         tracing::warn!(%peer, id, machine, error = crate::output::one_line(error), "refused");
     }
     answer.map(Json)
+}
+
+async fn rehearse(
+    State(agent): State<Arc<Agent>>,
+    Extension(peer): Extension<HostName>,
+    Body(request): Body<IncomingRequest>,
+) -> Result<Json<CheckedHost>, AgentError> {
+    agent.rehearse(&peer, request).await.map(Json)
 }
 
 async fn hear(
@@ -151,6 +162,26 @@ impl Agent {
         job.spec = directory.spec()?;
         self.start_receiving(job, claim).await?;
         Ok(IncomingReady { qemu_version })
+    }
+
+    /// Goes as far as [`Self::accept`] does before there is a worker, under another name, and takes everything back.
+    async fn rehearse(&self, peer: &HostName, request: IncomingRequest) -> Result<CheckedHost, AgentError> {
+        let mut spec = self.judge(peer, &request)?;
+        self.look_at_files(&spec).await?;
+        let directory = self.state.machine(&spec.name);
+        let job = self.job(peer, &request, spec.clone(), &directory);
+        drop(self.busy.claim(&spec.name, "it is being checked")?);
+        self.room_for(&directory, &job, request.memory_bytes)?;
+        spec.name = format!("check-{}", request.id);
+        let _claim = self.busy.claim(&spec.name, "it is a rehearsal")?;
+        let stage = self.state.machine(&spec.name);
+        let rehearsed = async {
+            let running = self.receive_into(&stage, &spec).await?;
+            self.checked_host(&monitor(&stage, &running).await?).await
+        };
+        let checked = rehearsed.await;
+        self.abandon(&spec.name).await;
+        checked
     }
 
     /// Whether the peer may send this machine; the machine as this host would run it.
@@ -241,6 +272,7 @@ impl Agent {
                 limit_bytes: self.config.partial_limit.bytes(),
             }),
             epoch: request.epoch,
+            forecast: None,
             options: request.options.clone(),
         }
     }
@@ -259,7 +291,7 @@ async fn ready(mut news: watch::Receiver<News>) -> Result<(), AgentError> {
 }
 
 /// Memory that can be given to programs without swapping, as the kernel estimates it; 0 if it doesn't say.
-fn available_memory_bytes() -> u64 {
+pub(super) fn available_memory_bytes() -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
     let kibibytes = line.and_then(|line| line.trim().trim_end_matches("kB").trim().parse::<u64>().ok());

@@ -201,6 +201,7 @@ impl Agent {
             peer: job.peer,
             phase,
             progress,
+            forecast: job.forecast,
             report,
         })
     }
@@ -246,6 +247,8 @@ impl Agent {
             let report = agent.listen(&job, &news).await;
             tracing::info!(outcome = ?report.outcome, detail = report.detail, "ended");
             let report = agent.put_in_order(&job, report).await;
+            let rate_bytes_per_second = news.borrow().progress.rate_bytes_per_second;
+            agent.remember(&job, &report, rate_bytes_per_second);
             agent.migrations.lock().remove(&job.id);
             drop(claim);
             news.send_modify(|news| news.report = Some(report.clone()));
@@ -379,13 +382,15 @@ impl Agent {
         }
     }
 
-    /// Undoes starts and arrivals that an agent which died left half done, once nothing of them is open any more.
+    /// Undoes starts and arrivals that an agent which died left half done, once nothing of them is open any more; also
+    /// what it was just writing.
     pub(super) async fn undo_unfinished_starts(&self) {
         for (name, machine) in self.state.known_machines().unwrap_or_default() {
-            let Some(starting) = machine.starting() else { continue };
             let Ok(_claim) = self.busy.claim(&name, "a start that wasn't finished is being undone") else {
                 continue;
             };
+            machine.sweep();
+            let Some(starting) = machine.starting() else { continue };
             if recovery::is_open(&machine) {
                 continue;
             }

@@ -14,6 +14,8 @@
 //! | [`credentials`], [`supervisor`] | the certificate, renewed while the agent runs; the service manager |
 //! | [`machines`], [`launch`], [`adoption`] | machines: what is asked about them, how they start |
 //! | [`metrics`] | what is counted and measured, for Prometheus |
+//! | [`check`] | whether a migration would be refused |
+//! | [`forecast`], [`sampling`], [`probe`], [`history`] | what a migration will take, and what earlier ones took |
 //! | [`recovery`] | finishing or rolling back what a dead worker or host left |
 //! | [`migrations`], [`outgoing`], [`incoming`] | migrations: following them, and how each side begins one |
 
@@ -21,10 +23,13 @@ mod accelerator;
 mod admission;
 mod adoption;
 mod api;
+mod check;
 pub(crate) mod config;
 mod credentials;
 mod detached;
 mod error;
+mod forecast;
+mod history;
 mod incoming;
 mod launch;
 mod listener;
@@ -34,10 +39,12 @@ mod migrations;
 mod outgoing;
 mod ownership;
 mod peers;
+mod probe;
 pub(crate) mod process;
 mod rate;
 mod reach;
 mod recovery;
+mod sampling;
 mod state;
 mod supervisor;
 mod taps;
@@ -61,6 +68,7 @@ use self::{
     admission::Admission,
     config::{Config, ConfigError},
     credentials::Credentials,
+    history::History,
     machines::Busy,
     metrics::Metrics,
     migrations::Migrations,
@@ -113,6 +121,7 @@ pub(crate) struct Agent {
     migrations: Migrations,
     metrics: Metrics,
     admission: Admission,
+    history: History,
 }
 
 /// Runs the agent until SIGTERM or SIGINT, or only checks that it could.
@@ -128,6 +137,7 @@ pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
     }
     process::lay_privilege_aside();
     let state = StateDir::open(&config.state_dir)?;
+    let history = History::new(state.history());
     let agent = Arc::new(Agent {
         config,
         state,
@@ -138,6 +148,7 @@ pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
         migrations: Migrations::default(),
         metrics: Metrics::default(),
         admission: Admission::default(),
+        history,
     });
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(agent.serve())
 }

@@ -2,12 +2,13 @@
 //!
 //! ```text
 //! machine here and ours ─► peer known ─► attempt numbered ─► peer's agent says ready ─► job written, worker started
+//!         │                   │                               │  meanwhile: a forecast
 //!         └───────────────────┴─────── any refusal: one line, nothing left behind ──┘
 //! ```
 
 use std::{fs::File, io::Read, sync::Arc};
 
-use godwit_migration::handover::{Record, RecordState};
+use godwit_migration::handover::{Epoch, Record, RecordState};
 
 use super::{
     Agent,
@@ -15,15 +16,27 @@ use super::{
     machines::{monitor, running},
     migrations::doing,
     ownership,
+    peers::PeerAgent,
+    state::{MachineDir, Running, read_json},
 };
 use crate::{
     api::{IncomingRequest, MigrateRequest, Migration},
-    job::{Job, Options, RECONNECT_TIMEOUT_MS, Role},
+    job::{Command, JOB_FILE, Job, OnStall, Options, RECONNECT_TIMEOUT_MS, Role, StopPolicyName},
+    output::one_line,
+    throttle,
     token::{Durability, Store},
 };
 
 /// The range of bulk connections.
 const CONNECTIONS_MAX: u8 = 8;
+
+/// A machine that could be sent, as far as this host can tell by itself.
+pub(super) struct Prepared {
+    pub(super) job: Job,
+    pub(super) peer: PeerAgent,
+    pub(super) directory: MachineDir,
+    pub(super) running: Running,
+}
 
 impl Agent {
     /// Begins to move a machine; returns as soon as its worker is at it.
@@ -31,6 +44,28 @@ impl Agent {
         self: &Arc<Self>,
         request: MigrateRequest,
     ) -> Result<Migration, AgentError> {
+        let Prepared { mut job, peer, directory, running } = self.prepare(request).await?;
+        let claim = self.busy.claim(&job.spec.name, &doing(&job))?;
+        // The target keeps the number of every attempt that it heard of, so none is used twice.
+        let state = RecordState::Owner { peer: Some(job.peer.clone()) };
+        let record = Record { epoch: Epoch(job.epoch), state };
+        Store::open(directory.path()).save(&record, Durability::Synced)?;
+        let monitor = monitor(&directory, &running).await?;
+        let version = monitor.query_version().await?;
+        let outlook = self.look_ahead(&monitor, &job, &peer).await;
+        drop(monitor);
+        self.offer(&peer, &offer(&job, version.to_string())).await?;
+        job.forecast = self.foresee(&job, outlook).await;
+        let id = job.id.clone();
+        if let Err(error) = self.begin(job, claim) {
+            self.withdraw(&peer, &id).await;
+            return Err(error);
+        }
+        self.show_migration(&id)
+    }
+
+    /// What can be refused without asking anybody; changes nothing.
+    pub(super) async fn prepare(&self, request: MigrateRequest) -> Result<Prepared, AgentError> {
         check_options(&request.options)?;
         let directory = self.known(&request.machine)?;
         let name = request.machine;
@@ -40,6 +75,9 @@ impl Agent {
         let peer = self.find_receiver(&request.to).await?;
         let epoch = ownership::check(&name, &directory)?.next();
         let running = running(&directory)?.ok_or_else(|| Refusal::Off(name.clone()))?;
+        if request.options.on_stall == OnStall::Throttle {
+            check_throttle(&name, running.process.pid)?;
+        }
         let own_monitor = directory.files().migration_qmp();
         let job = Job {
             id: new_id()?,
@@ -55,24 +93,34 @@ impl Agent {
             partial: None,
             learned: Some(self.state.learned(&request.to)),
             epoch: epoch.0,
+            forecast: None,
             options: request.options,
         };
-        let claim = self.busy.claim(&name, &doing(&job))?;
-        // The target keeps the number of every attempt that it heard of, so none is used twice.
-        let state = RecordState::Owner { peer: Some(job.peer.clone()) };
-        Store::open(directory.path()).save(&Record { epoch, state }, Durability::Synced)?;
-        let version = monitor(&directory, &running).await?.query_version().await?;
-        self.offer(&peer, &offer(&job, version.to_string())).await?;
-        let id = job.id.clone();
-        if let Err(error) = self.begin(job, claim) {
-            self.withdraw(&peer, &id).await;
-            return Err(error);
+        Ok(Prepared { job, peer, directory, running })
+    }
+
+    /// Tells a migration under way what to do when its downtime target can't be met; what can't be done is refused here.
+    pub(super) async fn set_on_stall(&self, id: &str, on_stall: OnStall) -> Result<Migration, AgentError> {
+        let job: Job = read_json(&self.state.migration(self.existing(id)?).join(JOB_FILE))?;
+        if job.role == Role::Target {
+            return Err(Refusal::AtSource(job.peer).into());
         }
-        self.show_migration(&id)
+        check_options(&Options { on_stall, ..job.options })?;
+        if on_stall == OnStall::Throttle {
+            check_throttle(&job.spec.name, job.pid)?;
+        }
+        self.command(id, &Command::SetOnStall { on_stall }).await
     }
 }
 
-fn offer(job: &Job, qemu_version: String) -> IncomingRequest {
+/// Whether a machine could be slowed, which is known before it is needed.
+pub(super) fn check_throttle(machine: &str, pid: i32) -> Result<(), Refusal> {
+    throttle::probe(pid)
+        .map_err(|error| Refusal::Throttle { machine: machine.to_owned(), reason: one_line(&error) })
+}
+
+/// What the target is asked.
+pub(super) fn offer(job: &Job, qemu_version: String) -> IncomingRequest {
     IncomingRequest {
         id: job.id.clone(),
         spec: job.spec.clone(),
@@ -91,6 +139,8 @@ pub(super) fn check_options(options: &Options) -> Result<(), AgentError> {
         "bandwidth_bytes_per_second: more than 0, or null for no limit"
     } else if options.downtime_target_ms == 0 {
         "downtime_target_ms: more than 0"
+    } else if options.on_stall != OnStall::Switch && options.stop_policy != StopPolicyName::Gate {
+        "on_stall: `switch` unless the stop policy is `gate`"
     } else if !RECONNECT_TIMEOUT_MS.contains(&options.reconnect_timeout_ms) {
         "reconnect_timeout_ms: 1,000 to 3,600,000"
     } else {
@@ -128,6 +178,7 @@ mod tests {
             Options { connections: 9, ..Options::default() },
             Options { bandwidth_bytes_per_second: Some(0), ..Options::default() },
             Options { downtime_target_ms: 0, ..Options::default() },
+            Options { stop_policy: StopPolicyName::SmartStop, on_stall: OnStall::Wait, ..Options::default() },
             Options { reconnect_timeout_ms: 999, ..Options::default() },
             Options { reconnect_timeout_ms: 3_600_001, ..Options::default() },
         ] {

@@ -31,6 +31,8 @@ const READY_TIMEOUT: Duration = Duration::from_secs(120);
 /// The path that a target answers.
 pub(super) const INCOMING_PATH: &str = "/v1/incoming";
 
+/// The path at which a target says whether it would take a machine.
+pub(super) const REHEARSAL_PATH: &str = "/v1/rehearsal";
 /// The path at which agents speak about open hand-overs.
 pub(super) const HANDOVER_PATH: &str = "/v1/handover";
 /// The path at which a host that was away finds what it was ordered meanwhile.

@@ -5,7 +5,8 @@
 //! what the child is to inherit; no code runs between fork and exec.
 
 use std::{
-    fs, io,
+    fs::{self, OpenOptions},
+    io::{self, Write},
     path::{Path, PathBuf},
     process::{Child, Command},
     thread,
@@ -139,6 +140,12 @@ pub(crate) fn own_control_group(pid: u32, name: &str) {
         if fs::create_dir(&own).is_err() {
             continue;
         }
+        // On cgroup v2, where this file is: a group beside it that holds the virtual CPUs of a machine (`throttle`) can
+        // only be made if all groups here are threaded.
+        let _ = OpenOptions::new()
+            .write(true)
+            .open(own.join("cgroup.type"))
+            .and_then(|mut it| it.write_all(b"threaded"));
         if fs::write(own.join("cgroup.procs"), pid.to_string()).is_ok() {
             return;
         }

@@ -61,13 +61,6 @@ impl Sampling {
         let waited = timeout(PATIENCE, self.newest.wait_for(Option::is_some)).await;
         waited.ok()?.ok().and_then(|sample| *sample)
     }
-
-    /// The sample of a look that took all its time; waits for it.
-    pub(super) async fn last(mut self) -> Option<MemorySample> {
-        let ended = async { while self.newest.changed().await.is_ok() {} };
-        let _ = timeout(PATIENCE, ended).await;
-        *self.newest.borrow()
-    }
 }
 
 impl Drop for Sampling {

@@ -11,6 +11,7 @@
 //!            /migrations/<id>/…           see `crate::job`
 //!            /partial/<name>.memory       what arrived of a migration that broke (`--keep-partial`)
 //!            /learned/<peer>.json         what pauses towards a peer taught
+//!            /history.ndjson              what migrations were thought to take, and took (see `history`)
 //! ```
 //!
 //! Files are replaced by renaming, so that a crash leaves the old or the new one. Everything an agent knows about
@@ -32,6 +33,8 @@ use crate::{borrowed, job, token::is_record_file};
 
 /// The note of a start that isn't over.
 const STARTING_FILE: &str = "starting.json";
+/// Of a file that is renamed once it is whole; a record's scratch files have it too.
+const SCRATCH_EXTENSION: &str = "new";
 /// No file of the state directory is read beyond this.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -100,6 +103,12 @@ impl StateDir {
     #[must_use]
     pub(crate) fn learned(&self, peer: &str) -> PathBuf {
         self.root.join("learned").join(format!("{peer}.json"))
+    }
+
+    /// The file in which finished migrations are remembered.
+    #[must_use]
+    pub(crate) fn history(&self) -> PathBuf {
+        self.root.join("history.ndjson")
     }
 
     /// The file for the memory of a machine that didn't arrive completely.
@@ -191,6 +200,16 @@ impl MachineDir {
     #[must_use]
     pub(crate) fn files(&self) -> &commandline::MachineDir {
         &self.files
+    }
+
+    /// Removes files that were being written when their writer died. Nobody may be writing any now.
+    pub(crate) fn sweep(&self) {
+        for name in fs::read_dir(self.path()).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
+            if Path::new(&name).extension().is_some_and(|extension| extension == SCRATCH_EXTENSION) {
+                // Whoever writes that file next replaces it.
+                let _ = fs::remove_file(self.path().join(name));
+            }
+        }
     }
 
     /// Whether the machine is known.
@@ -326,7 +345,7 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, StateErro
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), StateError> {
     let bytes = serde_json::to_vec_pretty(value)
         .map_err(|source| StateError::Damaged { path: path.to_owned(), source })?;
-    let scratch = path.with_extension("new");
+    let scratch = path.with_extension(SCRATCH_EXTENSION);
     OpenOptions::new()
         .create(true)
         .write(true)

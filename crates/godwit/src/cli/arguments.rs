@@ -51,6 +51,11 @@ pub(super) enum Verb {
     Vm(VmVerb),
     /// Move a running machine to another host
     Migrate(Box<Migrate>),
+    /// Say whether a migration would be refused, and what it would take; moves nothing
+    #[command(
+        after_help = "Examples:\n  godwit check web1 --to hostb\n  godwit check web1 --to hostb --json | jq .forecast"
+    )]
+    Check(Box<Migrate>),
     /// Show migrations: all of them, or one
     Status(Status),
     /// Give a migration up; the guest goes on where it was
@@ -82,6 +87,9 @@ pub(super) enum Verb {
         #[arg(value_name = "CHOICE")]
         on_stall: OnStall,
     },
+    /// Show what migrations were thought to take, and what they took
+    #[command(after_help = "Examples:\n  godwit history\n  godwit history --json | jq .score")]
+    History,
     /// Show what each technique would save on a memory image or a captured migration stream
     Analyze(Analyze),
     /// Print completions for a shell
@@ -104,6 +112,9 @@ pub(super) enum Verb {
         /// The migration's directory
         directory: PathBuf,
     },
+    /// Look at a guest's memory (started by the agent)
+    #[command(hide = true)]
+    Sample,
 }
 
 /// What `godwit recover` takes.

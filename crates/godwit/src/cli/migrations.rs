@@ -25,6 +25,9 @@ pub(super) async fn migrate(
     let options = migrate.options();
     let request = MigrateRequest { machine: migrate.machine, to: migrate.to, options };
     let migration: Migration = client.post("/v1/migrations", &request).await?;
+    if let Some(forecast) = migration.forecast.as_ref().filter(|_| !output.json) {
+        output.line(&output::forecast(forecast));
+    }
     if migrate.detach {
         output.answer(&migration, |migration| {
             format!("{} is under way; watch it with `godwit status {} --watch`", migration.id, migration.id)

@@ -5,9 +5,11 @@
 
 mod analyze;
 mod arguments;
+mod check;
 mod client;
 mod console;
 mod exit;
+mod history;
 mod identity;
 mod machines;
 mod migrations;
@@ -24,7 +26,11 @@ use self::{
     client::Client,
     exit::Failure,
 };
-use crate::{agent, log, output::Output, worker};
+use crate::{
+    agent, log,
+    output::{Output, one_line},
+    sample, worker,
+};
 
 /// Reads the arguments, does what they say, and returns the exit code.
 pub(crate) fn main() -> ExitCode {
@@ -65,6 +71,10 @@ fn run(arguments: Arguments, output: Output) -> Result<ExitCode, Failure> {
             let _ = nix::unistd::setsid();
             worker::run(directory).map_err(|error| Failure::failed(format!("{error:#}")))?;
         }
+        Verb::Sample => sample::run(std::io::stdin().lock(), std::io::stdout().lock())
+            .map_err(|error| Failure::failed(one_line(&error)))?,
+        Verb::Check(check) => return block_on(check::run(&client, check, output)),
+        Verb::History => return block_on(history::run(&client, output)),
         Verb::Vm(verb) => return block_on(machines::run(&client, verb, output)),
         Verb::Migrate(migrate) => return block_on(migrations::migrate(&client, migrate, output)),
         Verb::Status(status) => return block_on(migrations::status(&client, status, output)),

@@ -332,6 +332,7 @@ mod tests {
                 predicted_remaining_ms: Some(9_000),
                 ..Progress::default()
             },
+            forecast: None,
             report: None,
         }
     }

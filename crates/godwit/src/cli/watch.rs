@@ -142,6 +142,7 @@ fn bar(machine: &str, peer: &str) -> ProgressBar {
 fn line(progress: &Progress) -> String {
     let mut parts = Vec::new();
     parts.extend(progress.link_silent_ms.map(|ms| format!("nothing heard for {}", time_ms(ms as f64))));
+    parts.extend(progress.guest_share_percent.map(|percent| format!("guest slowed to {percent} %")));
     parts.extend(progress.predicted_remaining_ms.map(|ms| format!("{} left", time_ms(ms as f64))));
     parts.extend(progress.predicted_downtime_ms.map(|ms| format!("pause now {}", time_ms(ms as f64))));
     parts.push(rate(progress.rate_bytes_per_second));

@@ -84,3 +84,27 @@ impl ReportDraft {
         self.finish()
     }
 }
+
+/// STOP to RESUME by the clocks of both hosts, in milliseconds, as far as these agree: a pause isn't negative, nor longer
+/// than `at_most_ms`, by one clock.
+pub(super) fn pause_by_both_clocks(
+    stopped_unix_us: u64,
+    resumed_unix_us: u64,
+    at_most_ms: f64,
+) -> Option<f64> {
+    let pause_ms = (resumed_unix_us as f64 - stopped_unix_us as f64) / 1e3;
+    (0.0..=at_most_ms).contains(&pause_ms).then_some(pause_ms)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_that_contradict_the_pause_do_not_tell_it() {
+        assert_eq!(pause_by_both_clocks(1_000_000, 1_025_000, 40.0), Some(25.0));
+        for resumed in [999_000, 1_041_000, 34_560_000_000_000] {
+            assert_eq!(pause_by_both_clocks(1_000_000, resumed, 40.0), None, "{resumed}");
+        }
+    }
+}

@@ -21,6 +21,10 @@ use godwit_qemu::qmp::Client;
 use godwit_transport::{identity, session::SessionError};
 
 use self::journal::Journal;
+pub(crate) use self::{
+    memory_map::MemoryMap,
+    source::{GuestError, look},
+};
 use crate::{
     agent::process::Process,
     job::{JOB_FILE, Job, Role},

@@ -24,6 +24,9 @@ use crate::{
 /// Slow enough for a phase to be met, fast enough for a test.
 const SLOWLY: [&str; 2] = ["--bandwidth", "60Mbit"];
 
+/// Gives a process another clock; of the package `libfaketime`.
+const FAKETIME: &str = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1";
+
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Side {
     Source,
@@ -229,6 +232,36 @@ fn a_host_that_never_comes_back_is_declared_lost_and_stands_down_when_it_does() 
     guest.goes_on();
 }
 
+/// The host's QEMU and workers have the agent's clock; the monotonic one goes on, as on a host whose clock is set.
+#[test]
+fn a_clock_that_jumps_changes_nothing() {
+    let mut hosts = Hosts::new();
+    let clock = hosts.b.path("clock");
+    let jump = |by: &str| fs::write(&clock, by).unwrap();
+    jump("+0");
+    hosts.b.crash();
+    let environment = [
+        ("LD_PRELOAD", FAKETIME),
+        ("FAKETIME_TIMESTAMP_FILE", clock.to_str().unwrap()),
+        ("FAKETIME_NO_CACHE", "1"),
+        ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+    ];
+    hosts.b.start_with(&hosts.lab, &environment);
+    let guest = Guest::boot(&hosts, Plan::LIGHT);
+    for (from, to, by) in [(&hosts.a, &hosts.b, "+400d"), (&hosts.b, &hosts.a, "-50m")] {
+        let migration = Migration::begin(from, to, &SLOWLY);
+        migration.reaches("pre_copy");
+        jump(by);
+        let (code, report) = migration.ends();
+        assert_eq!((code, &report["outcome"]), (0, &json!("completed")), "{report}");
+        // The pause by both clocks would be 400 days, or less than nothing.
+        assert_eq!(report["downtime_ms"], json!(null), "{report}");
+        assert!(report["downtime_source_ms"].as_f64().unwrap() > 0.0, "{report}");
+        hosts.only_at(to);
+        guest.goes_on();
+    }
+}
+
 fn from_and_to(hosts: &Hosts) -> (&Host, &Host) {
     let at_a = hosts.a.machine()["state"] == "running";
     if at_a { (&hosts.a, &hosts.b) } else { (&hosts.b, &hosts.a) }
@@ -274,7 +307,7 @@ impl ImageLock {
 
 impl Migration<'_> {
     /// What its source's worker said so far.
-    fn events(&self) -> String {
+    pub(crate) fn events(&self) -> String {
         fs::read_to_string(self.from.migration_file(&self.id, "events.ndjson")).unwrap()
     }
 }

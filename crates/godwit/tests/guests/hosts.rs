@@ -121,7 +121,13 @@ impl Host {
 
     /// Starts the agent and waits until it answers.
     pub(crate) fn start(&mut self, lab: &Lab) {
+        self.start_with(lab, &[]);
+    }
+
+    /// The same, with more in its environment.
+    pub(crate) fn start_with(&mut self, lab: &Lab, environment: &[(&str, &str)]) {
         let mut agent = Command::new(GODWIT);
+        agent.envs(environment.iter().copied());
         agent.arg("agent").arg("--config").arg(self.path("agent.toml"));
         self.agent = Some(lab.spawn(self.place, "agent", &mut agent, true).unwrap());
         eventually("the agent answers", || self.godwit(&["vm", "ls"]).code == 0);

@@ -5,9 +5,11 @@
 //! | [`moves`] | there and back, with both memories compared through QEMU while both are paused |
 //! | [`options`] | every option and machine type that changes how a machine travels |
 //! | [`states`] | a machine that its operator paused |
+//! | [`stalling`] | a guest that outruns its link |
 //! | [`cancelling`] | giving up, in every phase |
 //! | [`refusals`] | targets that aren't like the source |
 //! | [`failures`] | a worker that dies |
+//! | [`foresight`] | what a migration will take, said before it begins |
 //!
 //! What judges shares no code with the product: the guest's own account of its working set, read over a TCP connection
 //! that is held through all moves ([`guest`]), and memories that QEMU itself saved ([`memory`]). It needs root and what
@@ -17,10 +19,12 @@
 
 mod cancelling;
 mod failures;
+mod foresight;
 mod guest;
 mod hosts;
 mod memory;
 mod moves;
 mod options;
 mod refusals;
+mod stalling;
 mod states;

@@ -73,11 +73,18 @@ pub struct Course {
     pub wire_bytes: f64,
     /// STOP to RESUME, if the gate waits for the best pause to be had.
     pub downtime_ms: f64,
-    /// The same if the guest is stopped as soon as the target has had every page once.
-    pub early_downtime_ms: f64,
+    /// The share of its speed to which the guest has to be slowed for the pause to meet the target; 1 where it does
+    /// anyway, `None` where no throttle helps.
+    pub share_to_meet: Option<f64>,
 }
 
 impl MemorySample {
+    /// The same guest at a share of its speed.
+    fn slowed(&self, share: f64) -> Self {
+        let warm_pages_per_second = self.dirtying.warm_pages_per_second * share;
+        Self { dirtying: Dirtying { warm_pages_per_second, ..self.dirtying }, ..*self }
+    }
+
     /// Encoded bytes of everything, once.
     fn first_bytes(&self) -> f64 {
         let pages = self.pages as f64;
@@ -123,8 +130,10 @@ pub fn course(memory: &MemorySample, link: &Link, gate: &GateSettings, learned: 
         (memory_bytes + learned.device_state_bytes) / rate + learned.fixed_ms + link.round_trip_ms / 2.0
     };
 
-    let least_owed_bytes = least_owed_bytes(memory, rate, learned.decision_to_stop_ms);
+    let least_owed = |memory: &MemorySample| least_owed_bytes(memory, rate, learned.decision_to_stop_ms);
+    let least_owed_bytes = least_owed(memory);
     let downtime_ms = pause_ms(least_owed_bytes);
+    let meets = |share: f64| pause_ms(least_owed(&memory.slowed(share))) <= gate.target_ms;
     let dirtied = memory.dirtying.warm_pages_per_second / 1e3 * memory.delta_bytes;
     let gain = (rate - dirtied).max(rate * LEAST_GAIN);
     let patience_ms = gate.patience_ms as f64;
@@ -137,8 +146,14 @@ pub fn course(memory: &MemorySample, link: &Link, gate: &GateSettings, learned: 
         total_ms: preparing_ms + first_ms + drain_ms + wait_ms + downtime_ms,
         wire_bytes: first_bytes + meanwhile_bytes + least_owed_bytes + learned.device_state_bytes,
         downtime_ms,
-        early_downtime_ms: pause_ms(owed_bytes.max(least_owed_bytes)),
+        share_to_meet: greatest_share(meets),
     }
+}
+
+/// The greatest share, to a hundredth, at which it holds what holds at all smaller ones too.
+fn greatest_share(holds: impl Fn(f64) -> bool) -> Option<f64> {
+    let mut shares = (0..=100).rev().map(|hundredths| f64::from(hundredths) / 100.0);
+    shares.find(|share| holds(*share))
 }
 
 /// The least that is ever owed when the guest stops: what it writes between the last look and the stop, or, where it is

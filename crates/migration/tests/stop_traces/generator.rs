@@ -85,6 +85,16 @@ pub(crate) const WORKLOADS: [Workload; 5] = [
 
 /// The samples of one migration that is never stopped.
 pub(crate) fn generate(workload: &Workload, seed: u64) -> Vec<Sample> {
+    drive(workload, seed, |_| Some(100))
+}
+
+/// The samples of a migration whose guest runs at the share of its speed, in percent, that each sample leads to, until
+/// one leads to its end.
+pub(crate) fn drive(
+    workload: &Workload,
+    seed: u64,
+    mut decide: impl FnMut(&Sample) -> Option<u64>,
+) -> Vec<Sample> {
     let mut run = Run::new(workload, seed);
     let mut samples = Vec::new();
     for tick in 1..=workload.duration_ms / TICK_MS {
@@ -96,6 +106,10 @@ pub(crate) fn generate(workload: &Workload, seed: u64) -> Vec<Sample> {
         run.link_carries();
         if now_ms.is_multiple_of(PASS_MS) {
             samples.push(run.sample(now_ms));
+            match decide(&run.sample(now_ms)) {
+                Some(share_percent) => run.share_percent = share_percent,
+                None => break,
+            }
         }
     }
     samples
@@ -111,6 +125,7 @@ struct Run {
     is_dirty: Vec<bool>,
     passes: u64,
     factor: u64,
+    share_percent: u64,
     phase_ends_ms: u64,
     /// Bytes that the link may still carry; below zero while a batch is longer than a tick.
     credit_bytes: i64,
@@ -132,6 +147,7 @@ impl Run {
             is_dirty: vec![false; BLOCKS as usize],
             passes: 0,
             factor: if workload.bursts { 5 } else { 1 },
+            share_percent: 100,
             phase_ends_ms: 0,
             credit_bytes: 0,
         }
@@ -150,8 +166,8 @@ impl Run {
             self.phase_ends_ms = now_ms + 200 + self.random_below(1_300);
             self.factor = 5 - self.factor;
         }
-        let factor = self.factor;
-        for _ in 0..self.workload.writes_per_second * factor * TICK_MS / 1_000 {
+        let writes_per_second = self.workload.writes_per_second * self.factor * self.share_percent / 100;
+        for _ in 0..writes_per_second * TICK_MS / 1_000 {
             let block = self.random_below(self.workload.working_set_blocks);
             let writes = &mut self.writes_since_sent[block as usize];
             *writes = writes.saturating_add(1);

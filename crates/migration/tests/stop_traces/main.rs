@@ -4,6 +4,7 @@
 //! anew and prints the table of windows in `docs/stopping.md`.
 
 mod generator;
+mod stalls;
 
 use std::{fmt::Write, fs, path::PathBuf};
 
@@ -187,6 +188,17 @@ fn the_gate_says_when_the_guest_is_faster_than_the_link() {
     assert!(stop.stalled > 10, "{stop:?}");
     for name in ["light", "medium", "heavy"] {
         assert_eq!(replay(&mut gate(50.0), &recorded(name)).unwrap().stalled, 0, "{name}");
+    }
+}
+
+#[test]
+fn the_gate_stops_about_when_it_says_that_its_patience_ends() {
+    for name in ["harsh", "pattern-recorded"] {
+        let trace = recorded(name);
+        let mut policy = gate(50.0);
+        let stop = replay(&mut policy, &trace).expect(name);
+        let ends_ms = policy.patience_ends_ms().expect("it had something to decide");
+        assert!(stop.at_ms <= ends_ms + 3_000, "{name}: {stop:?}, patience until {ends_ms}");
     }
 }
 

@@ -178,6 +178,7 @@ impl Agent {
     /// has just died, if that is why.
     pub(in crate::agent) async fn settle(&self, name: &str, ended: Option<&Job>) -> Finding {
         let directory = self.state.machine(name);
+        directory.sweep();
         let store = Store::open(directory.path());
         // What a worker wrote last may not survive the host yet; what is built on it would.
         let record = match synced(&store) {
@@ -188,6 +189,8 @@ impl Agent {
         };
         let found = describe(record.as_ref(), borrowed::noted(directory.path()).is_some());
         let mut shell = Shell::new(self, name);
+        // First of all: what follows may wait for the peer, and a slow guest shouldn't.
+        shell.give_speed_back();
         let settled = match (ended, open(&directory)) {
             // Nothing was recorded of this attempt: lest it come true later, it is refused for good.
             (Some(job), _) if job.role == Role::Target && is_older(record.as_ref(), job) => {

@@ -22,6 +22,7 @@ use super::{
 use crate::{
     borrowed,
     output::one_line,
+    throttle,
     token::{Durability, Store},
 };
 
@@ -158,6 +159,17 @@ impl<'a> Shell<'a> {
             self.continue_guest().await?;
         }
         self.give_settings_back().await
+    }
+
+    /// Lets a guest that a worker had slowed run as fast as before.
+    pub(super) fn give_speed_back(&mut self) {
+        match throttle::lift(self.directory.path()) {
+            Ok(true) => self.did.push("gave the guest its full speed back".to_owned()),
+            Ok(false) => {}
+            Err(error) => {
+                tracing::warn!(machine = self.name, error = one_line(&error), "may still be slowed")
+            }
+        }
     }
 
     /// Puts back what a worker changed of QEMU's settings.

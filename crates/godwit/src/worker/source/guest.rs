@@ -69,35 +69,9 @@ impl Guest {
     pub(super) async fn inspect(monitor: Client, machine_dir: &Path) -> Result<Self, GuestError> {
         // First, so that no change of the run state falls between the two.
         let events = monitor.events();
-        let status = monitor.query_status().await?;
-        let movable = matches!(
-            status.state,
-            RunState::Running
-                | RunState::Paused
-                | RunState::Suspended
-                | RunState::IoError
-                | RunState::GuestPanicked
-                | RunState::Prelaunch
-                | RunState::Postmigrate
-        );
-        if !movable {
-            return Err(GuestError::NotMovable(status.state));
-        }
-        let migration = monitor.query_migrate().await?;
-        if !migration.status.is_final() {
-            return Err(GuestError::Busy(migration.status));
-        }
-        if !migration.blocked_reasons.is_empty() {
-            return Err(GuestError::Blocked(migration.blocked_reasons.join("; ")));
-        }
-        let saved = monitor.migration_settings().await?;
-        match CAPABILITIES.into_iter().find(|name| !saved.capabilities.contains_key(*name)) {
-            Some(lacking) => Err(GuestError::Lacks(lacking)),
-            None => {
-                let (machine_dir, run_state) = (machine_dir.to_owned(), status.state);
-                Ok(Self { monitor, machine_dir, saved, run_state, events })
-            }
-        }
+        let (run_state, saved) = look(&monitor).await?;
+        let machine_dir = machine_dir.to_owned();
+        Ok(Self { monitor, machine_dir, saved, run_state, events })
     }
 
     /// Lets QEMU migrate into a unix socket and gives the other end of it.
@@ -173,6 +147,39 @@ impl Guest {
             }
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
+    }
+}
+
+/// What the machine does, and what is set of its QEMU's migration. Changes nothing.
+///
+/// # Errors
+/// Why it can't be moved now.
+pub(crate) async fn look(monitor: &Client) -> Result<(RunState, MigrationSettings), GuestError> {
+    let state = monitor.query_status().await?.state;
+    let movable = matches!(
+        state,
+        RunState::Running
+            | RunState::Paused
+            | RunState::Suspended
+            | RunState::IoError
+            | RunState::GuestPanicked
+            | RunState::Prelaunch
+            | RunState::Postmigrate
+    );
+    if !movable {
+        return Err(GuestError::NotMovable(state));
+    }
+    let migration = monitor.query_migrate().await?;
+    if !migration.status.is_final() {
+        return Err(GuestError::Busy(migration.status));
+    }
+    if !migration.blocked_reasons.is_empty() {
+        return Err(GuestError::Blocked(migration.blocked_reasons.join("; ")));
+    }
+    let settings = monitor.migration_settings().await?;
+    match CAPABILITIES.into_iter().find(|name| !settings.capabilities.contains_key(*name)) {
+        Some(lacking) => Err(GuestError::Lacks(lacking)),
+        None => Ok((state, settings)),
     }
 }
 

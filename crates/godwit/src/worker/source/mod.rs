@@ -18,8 +18,9 @@ mod pilot;
 mod pump;
 mod sender;
 mod stage;
+mod throttle;
 
-pub(crate) use self::guest::GuestError;
+pub(crate) use self::guest::{GuestError, look};
 use std::{
     sync::Arc,
     thread,
@@ -46,6 +47,7 @@ use self::{
     pump::{Pace, PageNumbers, Pump},
     sender::{Account, Link, LinkClosed, Outbox, StreamCourier},
     stage::SharedStage,
+    throttle::Brake,
 };
 use super::{
     MONITOR_TIMEOUT, STREAM_PIECE_BYTES_MAX, WorkerError, account::ReportDraft, journal::Journal,
@@ -97,6 +99,7 @@ async fn migrate(
         ));
     }
 
+    let brake = Brake::new(job, &guest.monitor.query_cpus_fast().await?);
     let store = Store::open(&job.machine_dir);
     let settings =
         SourceSettings { leave_paused: job.options.leave_paused, ..SourceSettings::new(&job.peer) };
@@ -112,7 +115,7 @@ async fn migrate(
         }
     };
     journal.say(Happening::Phase { phase: Phase::PreCopy });
-    let parts = Parts { guest, session, store, handover, threads };
+    let parts = Parts { guest, brake, session, store, handover, threads };
     Control::new(job, journal, parts, map.page_count(), draft).run(commands).await
 }
 

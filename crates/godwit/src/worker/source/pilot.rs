@@ -8,11 +8,12 @@ use godwit_content::{Interval, LevelGovernor};
 use godwit_migration::{
     mover::Taken,
     predict::{Backlog, Learned, Outcome, Predictor},
+    stall::{OnStall, Prices, Ruling, Stall},
     stop::{Gate, GateSettings, Sample, SmartStop, SmartStopSettings, StopPolicy, Verdict},
 };
 
 use super::stage::Stage;
-use crate::job::{Options, Progress, StopPolicyName};
+use crate::job::{self, Options, Progress, StopPolicyName};
 
 /// While the pause would be longer than this many targets, passes are rare; below, they are frequent, so that little is
 /// unseen when the guest stops.
@@ -32,6 +33,8 @@ const LEVEL_PERIOD_MS: u64 = 500;
 /// What the link did so far.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct LinkObservation {
+    /// Whether anything is heard of the target.
+    pub(super) is_there: bool,
     pub(super) wire_bytes: u64,
     pub(super) acked_bytes: u64,
     /// Sent and not acknowledged, and drafted and not sent.
@@ -75,7 +78,9 @@ impl StageObservation {
 /// What to do until the next look.
 #[derive(Debug, Clone)]
 pub(super) struct Course {
-    pub(super) verdict: Verdict,
+    pub(super) ruling: Ruling,
+    /// What each way out of a stall would cost, when that is news.
+    pub(super) prices: Option<Prices>,
     pub(super) pass_period_ms: u64,
     /// zstd's, for batches to come.
     pub(super) level: i32,
@@ -85,6 +90,7 @@ pub(super) struct Course {
 /// Decides how the pre-copy goes on.
 pub(super) struct Pilot {
     policy: Box<dyn StopPolicy>,
+    stall: Stall,
     predictor: Predictor,
     efforts: Efforts,
     target_ms: f64,
@@ -103,6 +109,7 @@ impl Pilot {
         };
         Self {
             policy,
+            stall: Stall::new(options.on_stall.into(), target_ms),
             predictor: Predictor::new(learned),
             efforts: Efforts::default(),
             target_ms,
@@ -110,6 +117,16 @@ impl Pilot {
             passes: 0,
             last_pass_ms: 0,
         }
+    }
+
+    /// Takes the operator's choice for a target that can't be met.
+    pub(super) fn choose(&mut self, choice: OnStall) {
+        self.stall.choose(choice);
+    }
+
+    /// What is done when the target can't be met.
+    pub(super) fn on_stall(&self) -> OnStall {
+        self.stall.choice()
     }
 
     /// Learns what blocks of a batch took.
@@ -151,8 +168,16 @@ impl Pilot {
         tracing::trace!(?sample);
         // Until QEMU has named everything once, what is owed says nothing.
         let verdict = if passes == 0 { Verdict::Continue } else { self.policy.observe(&sample) };
+        let (ruling, prices) = if link.is_there {
+            self.stall.observe(&sample, verdict)
+        } else {
+            // What the policy said was of a link that carries.
+            self.stall.link_is_silent();
+            (Ruling::Run(self.stall.share()), None)
+        };
         Course {
-            verdict,
+            ruling,
+            prices,
             pass_period_ms: self.pass_period_ms(&sample),
             level: self.efforts.level(now_ms, stage.owed_blocks > 0, link.efforts),
             progress: self.progress(&sample, stage, link, &backlog),
@@ -206,10 +231,20 @@ impl Pilot {
             wire_bytes: link.wire_bytes,
             rate_bytes_per_second: sample.rate_bytes_per_second,
             dirty_pages_per_second: self.predictor.dirty_blocks_per_second() as u64,
+            guest_share_percent: None,
             link_silent_ms: None,
             predicted_downtime_ms: whole(sample.predicted_pause_ms),
-            predicted_remaining_ms: self.predictor.remaining_ms(backlog, self.target_ms).and_then(whole),
+            predicted_remaining_ms: self.remaining_ms(sample, backlog).and_then(whole),
         }
+    }
+
+    /// Until the target is met or, where the guest is to be stopped above it, the policy's patience ends.
+    fn remaining_ms(&self, sample: &Sample, backlog: &Backlog) -> Option<f64> {
+        let until_met = self.predictor.remaining_ms(backlog, self.target_ms);
+        let patience_ends_ms = self.policy.patience_ends_ms().filter(|_| self.on_stall() == OnStall::Switch);
+        let until_stopped = patience_ends_ms
+            .map(|ends_ms| ends_ms.saturating_sub(sample.now_ms) as f64 + sample.predicted_pause_ms);
+        [until_met, until_stopped].into_iter().flatten().min_by(f64::total_cmp)
     }
 }
 
@@ -236,5 +271,16 @@ impl Efforts {
             self.before = now;
         }
         self.governor.level()
+    }
+}
+
+impl From<job::OnStall> for OnStall {
+    fn from(choice: job::OnStall) -> Self {
+        match choice {
+            job::OnStall::Wait => Self::Wait,
+            job::OnStall::Throttle => Self::Throttle,
+            job::OnStall::Switch => Self::Switch,
+            job::OnStall::Cancel => Self::Cancel,
+        }
     }
 }

@@ -28,7 +28,12 @@ use crate::{
     job::{self, Command, Happening, Job, Phase},
     output::one_line,
     token::{Durability, Store, TokenError},
-    worker::{WorkerError, account::ReportDraft, end_qemu, journal::Journal},
+    worker::{
+        WorkerError,
+        account::{ReportDraft, pause_by_both_clocks},
+        end_qemu,
+        journal::Journal,
+    },
 };
 
 /// How long the target goes without a sign of life, beyond the session's own reconnect timeout, before it asks the
@@ -268,7 +273,9 @@ impl<'a> Control<'a> {
     fn note_downtime(&mut self, resumed_unix_us: u64) {
         let stopped_unix_us = self.token.as_ref().map_or(0, |token| token.stopped_unix_us);
         if stopped_unix_us > 0 {
-            self.draft.report.downtime_ms = Some((resumed_unix_us as f64 - stopped_unix_us as f64) / 1e3);
+            let at_most_ms = self.draft.elapsed_ms() as f64;
+            self.draft.report.downtime_ms =
+                pause_by_both_clocks(stopped_unix_us, resumed_unix_us, at_most_ms);
         }
     }
 }

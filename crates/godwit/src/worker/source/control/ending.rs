@@ -8,7 +8,7 @@ use godwit_qemu::memory::ProcessMemory;
 use super::{Control, StageObservation, learned};
 use crate::{
     job::{self, Happening, Phase},
-    worker::WorkerError,
+    worker::{WorkerError, account::pause_by_both_clocks},
 };
 
 /// How long saying goodbye to the target may take.
@@ -16,6 +16,7 @@ const GOODBYE: Duration = Duration::from_secs(2);
 
 impl Control<'_> {
     pub(super) async fn end(mut self) -> Result<(), WorkerError> {
+        self.brake.release();
         self.fill_in();
         match self.outcome.take() {
             Some(Outcome::HandedOver { resumed_unix_us }) => self.handed_over(resumed_unix_us),
@@ -50,6 +51,7 @@ impl Control<'_> {
         report.repeated_bytes = stats.repeated_bytes;
         report.round_trip_ms = stats.min_rtt.map(|time| time.as_secs_f64() * 1e3);
         report.device_state_bytes = self.threads.account.stream_bytes();
+        report.throttled_ms = self.brake.slowed_ms();
         report.passes = self.threads.pace.passes();
         report.versions_named = mover.named;
         report.versions_coalesced = mover.coalesced;
@@ -61,20 +63,28 @@ impl Control<'_> {
     fn handed_over(&mut self, resumed_unix_us: Option<u64>) {
         self.draft.completed();
         let report = &mut self.draft.report;
-        if let (Some(stopped), Some(resumed)) = (self.stop.stopped_unix_us, resumed_unix_us) {
-            report.downtime_ms = Some((resumed as f64 - stopped as f64) / 1e3);
-        }
         if let Some(stopped_at) = self.stop.stopped_at {
+            let heard_ms = stopped_at.elapsed().as_secs_f64() * 1e3;
             let travel_ms = report.round_trip_ms.unwrap_or_default() / 2.0;
             report.pages_verified = self.threads.verify.as_ref().map(ProcessMemory::pages);
-            report.downtime_source_ms = Some(stopped_at.elapsed().as_secs_f64() * 1e3 - travel_ms);
+            report.downtime_source_ms = Some(heard_ms - travel_ms);
+            if let (Some(stopped), Some(resumed)) = (self.stop.stopped_unix_us, resumed_unix_us) {
+                report.downtime_ms = pause_by_both_clocks(stopped, resumed, heard_ms);
+                if report.downtime_ms.is_none() {
+                    self.journal.warn(format!(
+                        "the clocks of {} and {} differ; the pause is told by this one alone",
+                        self.job.host, self.job.peer
+                    ));
+                }
+            }
         }
         self.learn();
     }
+
     /// Keeps what this pause taught for the next migration to this peer.
     fn learn(&mut self) {
         let (Some(pause_ms), Some(opened), Some(stopped)) =
-            (self.draft.report.downtime_ms, self.stop.gate_opened, self.stop.stopped_at)
+            (self.draft.report.downtime_source_ms, self.stop.gate_opened, self.stop.stopped_at)
         else {
             return;
         };

@@ -3,13 +3,13 @@
 mod acting;
 mod ending;
 mod link_watch;
+mod stalling;
 
 use std::{os::unix::net::UnixStream, sync::Arc, time::Duration};
 
 use godwit_migration::{
     handover::{Action, Outcome, RunState, Source, SourceEvent},
     mover::Mode,
-    stop::Verdict,
     wire::{self, Message},
 };
 use godwit_qemu::{
@@ -27,11 +27,12 @@ use self::link_watch::LinkWatch;
 use super::{
     guest::Guest,
     learned,
-    pilot::{LinkObservation, Pilot, StageObservation},
+    pilot::{Course, LinkObservation, Pilot, StageObservation},
     pump::{Pace, PumpEvent},
     run_state,
     sender::{Account, Outbox, SendError, Sent, StreamSum},
     stage::SharedStage,
+    throttle::Brake,
 };
 use crate::{
     job::{self, Command, Happening, Job},
@@ -44,8 +45,6 @@ use crate::{
 const TICK: Duration = Duration::from_millis(10);
 /// How often progress is told.
 const PROGRESS_PERIOD: Duration = Duration::from_millis(250);
-/// How long the guest has to be ahead of the link before the operator hears of it.
-const STALL: Duration = Duration::from_secs(5);
 /// How long a step of the hand-over may go without any sign of life.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -63,8 +62,9 @@ pub(super) struct Threads {
 }
 
 /// What was prepared for the loop.
-pub(super) struct Parts {
+pub(super) struct Parts<'a> {
     pub(super) guest: Guest,
+    pub(super) brake: Brake<'a>,
     pub(super) session: Session,
     pub(super) store: Store,
     pub(super) handover: Source,
@@ -104,6 +104,7 @@ pub(super) struct Control<'a> {
     job: &'a Job,
     journal: &'a Journal,
     guest: Guest,
+    brake: Brake<'a>,
     session: Session,
     store: Store,
     handover: Source,
@@ -129,18 +130,6 @@ struct Clock {
     last_progress: Instant,
     last_sign_of_life: Instant,
     acked_bytes: u64,
-    stalled_since: Option<Instant>,
-    warned_of_stall: bool,
-}
-
-impl Clock {
-    /// Whether the guest has been ahead of the link for long enough to be worth a word, the first time.
-    fn stall_is_news(&mut self) -> bool {
-        let since = *self.stalled_since.get_or_insert_with(Instant::now);
-        let is_news = !self.warned_of_stall && since.elapsed() >= STALL;
-        self.warned_of_stall |= is_news;
-        is_news
-    }
 }
 
 /// The stop and what has to be complete before the token may leave.
@@ -166,27 +155,21 @@ impl<'a> Control<'a> {
     pub(super) fn new(
         job: &'a Job,
         journal: &'a Journal,
-        parts: Parts,
+        parts: Parts<'a>,
         pages_total: u64,
         draft: &'a mut ReportDraft,
     ) -> Self {
-        let Parts { guest, session, store, handover, threads } = parts;
+        let Parts { guest, brake, session, store, handover, threads } = parts;
         let now = Instant::now();
-        let clock = Clock {
-            began: now,
-            last_pass: now,
-            last_progress: now,
-            last_sign_of_life: now,
-            acked_bytes: 0,
-            stalled_since: None,
-            warned_of_stall: false,
-        };
+        let clock =
+            Clock { began: now, last_pass: now, last_progress: now, last_sign_of_life: now, acked_bytes: 0 };
         Self {
             guest_does: run_state(guest.run_state),
             pilot: Pilot::new(&job.options, learned::load(job.learned.as_deref()), pages_total),
             job,
             journal,
             guest,
+            brake,
             session,
             store,
             handover,
@@ -218,7 +201,8 @@ impl<'a> Control<'a> {
     }
 
     /// Nothing goes any more: leaves the guest to run here if it still may, and otherwise says that only the target knows.
-    async fn break_off(self, error: WorkerError) -> Result<(), WorkerError> {
+    async fn break_off(mut self, error: WorkerError) -> Result<(), WorkerError> {
+        self.brake.release();
         self.threads.pace.close();
         self.threads.stage.close();
         if self.handover.has_given_away() {
@@ -313,7 +297,10 @@ impl<'a> Control<'a> {
                 self.session.set_bandwidth(bytes_per_second);
                 vec![]
             }
-            Happened::Command(Command::SetOnStall { .. }) => vec![],
+            Happened::Command(Command::SetOnStall { on_stall }) => {
+                self.choose(on_stall);
+                vec![]
+            }
             Happened::Tick => self.look(),
         }
     }
@@ -373,6 +360,7 @@ impl<'a> Control<'a> {
         self.stop.stopped_unix_us = self.stop.stopped_unix_us.or(stopped_unix_us);
         if self.stop.stopped_at.is_none() {
             self.stop.stopped_at = Some(Instant::now());
+            self.brake.guest_stopped();
             let mut stage = self.threads.stage.lock();
             stage.mover.set_mode(Mode::Final);
             self.stop.sent_before = stage.mover.statistics().sent;
@@ -403,7 +391,7 @@ impl<'a> Control<'a> {
         if self.stop.gate_opened.is_none() && !is_there {
             self.clock.last_sign_of_life = Instant::now();
         }
-        let link = self.observe_link(&stats);
+        let link = self.observe_link(&stats, is_there);
         if link.acked_bytes != self.clock.acked_bytes {
             self.clock.acked_bytes = link.acked_bytes;
             self.clock.last_sign_of_life = Instant::now();
@@ -420,6 +408,7 @@ impl<'a> Control<'a> {
         let now_ms = self.clock.began.elapsed().as_millis() as u64;
         let mut course = self.pilot.look(now_ms, passes, &stage, &link);
         course.progress.link_silent_ms = self.link_watch.silent_ms(now);
+        course.progress.guest_share_percent = self.brake.percent();
         self.threads.account.set_level(course.level);
         self.tell(&course.progress);
         if self.stop.gate_opened.is_some() {
@@ -430,21 +419,18 @@ impl<'a> Control<'a> {
             self.clock.last_pass = Instant::now();
             self.threads.pace.allow_pass();
         }
-        self.heed(course.verdict, is_there, passes > 0 && stage.never_sent_blocks == 0)
+        self.heed(&course, is_there, passes > 0 && stage.never_sent_blocks == 0)
     }
 
-    /// Follows the policy. The hand-over is opened on both disks as soon as the stop may be near, so that the policy's
+    /// Follows the course. The hand-over is opened on both disks as soon as the stop may be near, so that the policy's
     /// word finds everything ready.
-    fn heed(&mut self, verdict: Verdict, is_there: bool, may_be_near: bool) -> Vec<Action> {
-        match verdict {
-            Verdict::Stop { .. } => self.stop.is_wanted = true,
-            Verdict::Stalled { predicted_pause_ms } if self.clock.stall_is_news() => {
-                self.journal.warn(format!(
-                    "the guest writes faster than the link carries; stopping it now would take {predicted_pause_ms:.0} ms"
-                ));
-            }
-            Verdict::Stalled { .. } => {}
-            Verdict::Continue => self.clock.stalled_since = None,
+    fn heed(&mut self, course: &Course, is_there: bool, may_be_near: bool) -> Vec<Action> {
+        if let Some(prices) = &course.prices {
+            self.tell_prices(prices);
+        }
+        let given_up = self.follow(course.ruling);
+        if !given_up.is_empty() {
+            return given_up;
         }
         if !is_there {
             // What the policy said was of a link that carries.
@@ -461,8 +447,9 @@ impl<'a> Control<'a> {
         }
     }
 
-    fn observe_link(&self, stats: &Stats) -> LinkObservation {
+    fn observe_link(&self, stats: &Stats, is_there: bool) -> LinkObservation {
         LinkObservation {
+            is_there,
             wire_bytes: stats.wire_bytes,
             acked_bytes: stats.acked_bytes,
             in_flight_bytes: stats.in_flight_bytes + self.threads.account.waiting_bytes(),

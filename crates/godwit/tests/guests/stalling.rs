@@ -1,0 +1,85 @@
+//! A guest that outruns its link, and what can be done about it. What judges reads the control groups as the kernel has
+//! them.
+
+use std::{fs, path::PathBuf};
+
+use serde_json::Value;
+
+use crate::{
+    cancelling::settings,
+    guest::{Guest, Migration, Plan},
+    hosts::{Host, Hosts, eventually, signal},
+};
+use nix::sys::signal::Signal;
+
+/// Far less than the guest writes.
+const SLOW_LINK: [&str; 2] = ["--bandwidth", "100Mbit"];
+
+#[test]
+fn a_stall_ends_as_was_chosen() {
+    let hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan::PATTERN);
+    let before = settings(&hosts.a);
+
+    let given_up = begin(&hosts, &["--on-stall", "cancel"]);
+    let (code, report) = given_up.ends();
+    assert_eq!((code, &report["outcome"]), (7, &Value::from("cancelled")), "{report}");
+    assert_eq!(settings(&hosts.a), before);
+    guest.goes_on();
+
+    let waiting = begin(&hosts, &["--on-stall", "wait", "--downtime-target", "400ms"]);
+    eventually("the prices are told", || waiting.events().contains("switching now would pause"));
+    assert!(slowed_threads(&hosts.a).is_empty());
+    hosts.a.godwit(&["set-on-stall", &waiting.id, "throttle"]).succeeds();
+    let slowed = eventually_slowed(&hosts.a);
+    let (code, report) = waiting.ends();
+    assert_eq!((code, &report["outcome"]), (0, &Value::from("completed")), "{report}");
+    assert!(report["throttled_ms"].as_u64().unwrap() > 0, "{report}");
+    assert!(report["predicted_downtime_ms"].as_u64().unwrap() <= 400, "{report}");
+    assert!(!slowed.exists());
+    hosts.only_at(&hosts.b);
+    guest.goes_on();
+}
+
+#[test]
+fn a_slowed_guest_gets_its_speed_back_when_its_worker_dies() {
+    let hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan::PATTERN);
+    let migration = begin(&hosts, &["--on-stall", "throttle", "--downtime-target", "20ms"]);
+    let slowed = eventually_slowed(&hosts.a);
+    signal(hosts.a.worker(&migration.id), Signal::SIGKILL);
+    eventually("the guest has its speed back", || !slowed.exists() && slowed_threads(&hosts.a).is_empty());
+    assert!(!hosts.a.machine_file("throttle.json").exists());
+    assert_eq!(migration.ends().0, 1);
+    guest.goes_on();
+}
+
+fn begin<'a>(hosts: &'a Hosts, options: &[&str]) -> Migration<'a> {
+    Migration::begin(&hosts.a, &hosts.b, &[&SLOW_LINK, options].concat())
+}
+
+/// Waits until a limit holds a thread of the machine; the control group that does it.
+fn eventually_slowed(host: &Host) -> PathBuf {
+    eventually("the guest is slowed", || !slowed_threads(host).is_empty());
+    slowed_threads(host).remove(0)
+}
+
+/// The control groups of the machine's threads that are limited to less than a processor's whole time.
+fn slowed_threads(host: &Host) -> Vec<PathBuf> {
+    let tasks = fs::read_dir(format!("/proc/{}/task", host.qemu())).unwrap();
+    let memberships =
+        tasks.flatten().map(|task| fs::read_to_string(task.path().join("cgroup")).unwrap_or_default());
+    let groups = memberships.flat_map(|text| text.lines().map(str::to_owned).collect::<Vec<_>>());
+    groups.filter_map(|line| limited(&line)).collect()
+}
+
+/// The group of a line of `/proc/…/cgroup`, if it has a limit of processor time.
+fn limited(line: &str) -> Option<PathBuf> {
+    let mut parts = line.splitn(3, ':').skip(1);
+    let (controllers, path) = (parts.next()?, parts.next()?);
+    let mount = if controllers.is_empty() { "" } else { controllers };
+    let group = PathBuf::from(format!("/sys/fs/cgroup/{mount}{path}"));
+    let old = fs::read_to_string(group.join("cpu.cfs_quota_us")).is_ok_and(|quota| !quota.starts_with('-'));
+    let new = fs::read_to_string(group.join("cpu.max")).is_ok_and(|quota| !quota.starts_with("max"));
+    (old || new).then_some(group)
+}
