@@ -30,13 +30,17 @@ struct Need {
     present: fn() -> bool,
 }
 
-const NEEDS: [Need; 6] = [
+const NEEDS: [Need; 7] = [
     Need { package: "qemu-system-x86", present: has_qemu },
     Need { package: "busybox-static", present: has_static_busybox },
     Need { package: "iproute2", present: || on_path("ip") },
     Need { package: "gcc", present: || on_path("cc") },
     Need { package: "libc6-dev", present: || Path::new("/usr/lib/x86_64-linux-gnu/libc.a").exists() },
     Need { package: "xz-utils", present: || on_path("xz") },
+    Need {
+        package: "libfaketime",
+        present: || Path::new("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1").exists(),
+    },
 ];
 
 /// Installs or fetches what is missing; returns at once when nothing is.

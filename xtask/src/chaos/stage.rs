@@ -142,8 +142,13 @@ impl Stage {
         Ok(())
     }
 
-    /// Connects to the guest anew, after it booted anew.
+    /// Connects to the guest anew, after it booted anew. A guest that has its order to reboot still before it would take
+    /// the connection, and then it along.
     pub(super) fn reconnect(&mut self) -> Result<()> {
+        let told = Instant::now();
+        while !self.watchers.iter().any(Watcher::saw_reboot) && told.elapsed() < BOOT_LIMIT {
+            std::thread::sleep(Duration::from_millis(20));
+        }
         let clients = self.lab.namespace(Place::Lan);
         let guest = self.guest.as_mut().context("there is no guest")?;
         guest.progress = Progress::connect(&clients, FIRST_GUEST_ADDRESS, BOOT_LIMIT)

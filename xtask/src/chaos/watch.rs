@@ -72,6 +72,12 @@ impl Watcher {
         lock(&self.seen).intervals.last().is_some_and(|interval| interval.to.is_none())
     }
 
+    /// Whether a guest booted anew.
+    pub(super) fn saw_reboot(&self) -> bool {
+        let is_reboot = |line: &String| line.contains(" RESET ") && line.contains("\"guest\":true");
+        lock(&self.seen).said.iter().any(is_reboot)
+    }
+
     /// Forgets what is over.
     pub(super) fn forget(&self) {
         let mut seen = lock(&self.seen);
