@@ -81,10 +81,6 @@ pub(super) enum Refusal {
     Throttle { machine: String, reason: String },
     #[error(transparent)]
     Guest(#[from] GuestError),
-    #[error("that is for {0} to decide, where the machine is; ask its agent")]
-    AtSource(String),
-    #[error("{machine} can't be throttled: {reason}")]
-    Throttle { machine: String, reason: String },
     #[error(transparent)]
     Reach(#[from] ReachRefusal),
     #[error("{0}")]
