@@ -39,6 +39,8 @@ pub(super) struct Run {
     pub(super) emulator_cpu_share: Option<f64>,
     /// What it and the contender used of the cores that aren't the guest's.
     pub(super) busy_share: Option<f64>,
+    /// What had nothing to do with the bench used of the whole machine.
+    pub(super) foreign_cpu_share: Option<f64>,
     /// What was checked out when it ran.
     pub(super) commit: String,
 }
@@ -64,6 +66,7 @@ impl Run {
             predicted_wire_bytes: outcome.predicted.wire_bytes,
             emulator_cpu_share: busy.map(|busy| busy.emulator),
             busy_share: busy.map(|busy| busy.all),
+            foreign_cpu_share: busy.map(|busy| busy.foreign),
             commit: commit.to_owned(),
         }
     }
@@ -162,6 +165,7 @@ pub(super) mod tests {
             predicted_wire_bytes: None,
             emulator_cpu_share: Some(0.2),
             busy_share: Some(0.5),
+            foreign_cpu_share: Some(0.01),
             commit: "abc".into(),
         }
     }

@@ -71,8 +71,8 @@ impl Circumstances {
     fn described(&self) -> String {
         let kind = if self.is_quick { "**This is a quick run.** " } else { "" };
         let core = if self.guest_has_core {
-            "The thread of the guest's processor has a core of its own, by affinity, for every contender; all else \
-             shares the others, the emulated link included."
+            "The guest (QEMU's threads of its processors and its main loop) has a core of its own, by affinity, for every \
+             contender; all else shares the others, the emulated link included."
         } else {
             "The machine has one core; the guest shares it with everything else."
         };
@@ -130,6 +130,9 @@ fn section(group: &Group) -> String {
     text.push_str(&line(&COLUMNS));
     text.push_str(&line(&COLUMNS.map(|_| "---")));
     group.rows.iter().for_each(|row| text.push_str(&line(&cells(row))));
+    if let Some(disturbance) = group.disturbance() {
+        text.push_str(&format!("\n**Beware:** {disturbance}.\n"));
+    }
     let verdicts = group.verdicts();
     if !verdicts.is_empty() {
         text.push_str("\n| target | value | |\n|---|---|---|\n");

@@ -22,6 +22,8 @@ const PAUSE_OVER_ROUND_TRIP_MS: u64 = 30;
 const LEAST_PROGRESS: f64 = 0.95;
 /// The share from which on the machine limits, and not the link.
 const BUSY: f64 = 0.8;
+/// What others may use of the machine before figures say more about them.
+const DISTURBANCE: f64 = 0.05;
 
 /// Values of several rounds.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -47,6 +49,7 @@ pub(super) struct Row {
     pub(super) wire_error: Option<Spread>,
     pub(super) emulator: Option<Spread>,
     pub(super) busy: Option<Spread>,
+    pub(super) foreign: Option<Spread>,
 }
 
 /// Contenders that did the same.
@@ -108,6 +111,7 @@ impl Row {
             }),
             emulator: spread(|run| run.emulator_cpu_share),
             busy: spread(|run| run.busy_share),
+            foreign: spread(|run| run.foreign_cpu_share),
         }
     }
 
@@ -205,6 +209,15 @@ impl Group {
         Some(Verdict {
             target: Target::at_most(share, value, text),
             limited: godwit.is_limited() || rival.is_limited(),
+        })
+    }
+
+    /// Says so if something else ran on the machine.
+    pub(super) fn disturbance(&self) -> Option<String> {
+        let used = Spread::of(self.rows.iter().filter_map(|row| Some(row.foreign?.median)))?;
+        (used.high >= DISTURBANCE).then(|| {
+            let [low, high] = [used.low, used.high].map(|share| share * 100.0);
+            format!("the machine wasn't quiet: what isn't of the bench used {low:.0} to {high:.0} % of it")
         })
     }
 
@@ -325,6 +338,14 @@ mod tests {
         let verdicts = summary(&runs).groups[0].verdicts();
         let judged: Vec<bool> = verdicts.iter().map(|verdict| !verdict.limited).collect();
         assert_eq!(judged, [false, false, false, true, true]);
+    }
+
+    #[test]
+    fn a_machine_that_was_not_quiet_is_told() {
+        let mut runs = three("godwit", [100, 100, 100]);
+        assert_eq!(summary(&runs).groups[0].disturbance(), None);
+        runs.iter_mut().for_each(|run| run.foreign_cpu_share = Some(0.4));
+        assert!(summary(&runs).groups[0].disturbance().unwrap().ends_with("40 to 40 % of it"));
     }
 
     #[test]

@@ -51,6 +51,9 @@ pub(super) fn render(summary: &Summary) -> String {
         // Writing to a string doesn't fail.
         let _ = writeln!(text, "{}, {}; medians (lowest–highest)", group.workload, group.link);
         text.push_str(&aligned(group));
+        if let Some(disturbance) = group.disturbance() {
+            let _ = writeln!(text, "{disturbance}");
+        }
         for verdict in group.verdicts() {
             let _ = writeln!(text, "{:<62}{:>9}  {verdict}", verdict.target.text, verdict.target.shown());
         }

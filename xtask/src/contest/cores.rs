@@ -1,8 +1,9 @@
-//! A core for the guest alone, and what everybody else used of the others.
+//! A core for the guest alone, what everybody else used of the others, and what had nothing to do with it.
 //!
-//! Contenders differ in how much they compute. So that this doesn't show as a guest that has become slow, the thread of
-//! the guest's processor has the last core to itself, at both hosts, and all else shares the others: whatever a contender
-//! runs, the emulated link, and the clients. Where those are busy, the contender was limited by them and not by the link.
+//! Contenders differ in how much they compute. So that this doesn't show as a guest that has become slow, the threads
+//! that make up the guest have the last core to themselves, at both hosts, and all else shares the others: whatever a
+//! contender runs, the emulated link, and the clients. Where those are busy, the contender was limited by them and not by
+//! the link. The guest is QEMU's threads of its processors and the first one, in which its timers and devices live.
 
 use std::{
     collections::HashMap,
@@ -26,14 +27,15 @@ use super::Span;
 const LOOK_EVERY: Duration = Duration::from_millis(250);
 /// In which Linux tells processes' times, on every machine that godwit runs on.
 const TICKS_PER_SECOND: u64 = 100;
-/// How QEMU's `debug-threads` names those that run the guest.
+/// How QEMU's `debug-threads` names those of the guest's processors.
 const GUEST_THREAD: &str = "CPU ";
 
 /// Which core is whose.
 #[derive(Debug)]
 pub(crate) struct Cores {
     guest: CpuSet,
-    others: usize,
+    others: CpuSet,
+    others_count: usize,
 }
 
 /// What a contender and the link used of the cores that aren't the guest's.
@@ -43,6 +45,8 @@ pub(crate) struct Busy {
     pub(crate) emulator: f64,
     /// Everything together, share of all those cores.
     pub(crate) all: f64,
+    /// Whatever has nothing to do with the bench, share of all cores, the guest's included.
+    pub(crate) foreign: f64,
 }
 
 impl Cores {
@@ -57,8 +61,9 @@ impl Cores {
         let Some((last, rest)) = numbers.split_last().filter(|(_, rest)| !rest.is_empty()) else {
             return Ok(None);
         };
-        sched_setaffinity(Pid::this(), &set_of(rest)?).context("cannot leave a core to the guest")?;
-        Ok(Some(Cores { guest: set_of(&[*last])?, others: rest.len() }))
+        let (guest, others) = (set_of(&[*last])?, set_of(rest)?);
+        sched_setaffinity(Pid::this(), &others).context("cannot leave a core to the guest")?;
+        Ok(Some(Cores { guest, others, others_count: rest.len() }))
     }
 
     /// Runs `work` while guests are kept on their core; afterwards tells what was used during a span of it.
@@ -79,22 +84,31 @@ impl Cores {
 
     /// Share of the cores that aren't the guest's.
     pub(crate) fn busy(&self, usage: &Usage, span: Span) -> Option<Busy> {
-        usage.busy(span, self.others)
+        usage.busy(span, self.others_count)
     }
 
     fn look(&self, lab: &Lab, usage: &mut Usage) {
         let processes = [Place::A, Place::B].into_iter().flat_map(|place| lab.processes(place));
-        for thread in processes.flat_map(threads_of) {
-            if thread.name.starts_with(GUEST_THREAD) {
-                // It may have ended meanwhile.
-                let _ = sched_setaffinity(thread.id, &self.guest);
-            } else {
-                usage.threads.insert(thread.id, thread.ticks);
+        for process in processes.chain([Pid::this()]) {
+            let threads = threads_of(process);
+            let runs_guest = threads.iter().any(Thread::is_processor);
+            for thread in threads {
+                let is_guest = thread.is_processor() || runs_guest && thread.id == process;
+                // It may have ended meanwhile. Threads inherit their core from the one that starts them.
+                let _ = sched_setaffinity(thread.id, if is_guest { &self.guest } else { &self.others });
+                let threads = if is_guest { &mut usage.guests } else { &mut usage.others };
+                threads.insert(thread.id, thread.ticks);
             }
         }
-        let others = ticks(usage.threads.values().sum());
-        let emulator = lab.relay_statistics().cpu;
-        usage.samples.push(Sample { at: SystemTime::now(), others, emulator });
+        let [guests, others] = [&usage.guests, &usage.others].map(|threads| ticks(threads.values().sum()));
+        let machine = std::fs::read_to_string("/proc/stat").ok().and_then(|stat| parse_machine_stat(&stat));
+        usage.samples.push(Sample {
+            at: SystemTime::now(),
+            guests,
+            others,
+            emulator: lab.relay_statistics().cpu,
+            machine: ticks(machine.unwrap_or(0)),
+        });
     }
 }
 
@@ -110,16 +124,21 @@ impl Drop for EndsOnDrop<'_> {
 /// CPU time by when it had been used.
 #[derive(Debug, Default)]
 pub(crate) struct Usage {
-    /// By thread, as last seen: some end.
-    threads: HashMap<Pid, u64>,
+    /// Ticks by thread, as last seen: some end.
+    guests: HashMap<Pid, u64>,
+    others: HashMap<Pid, u64>,
     samples: Vec<Sample>,
 }
 
 #[derive(Debug, Clone, Copy)]
 struct Sample {
     at: SystemTime,
+    guests: Duration,
+    /// The emulated link included.
     others: Duration,
     emulator: Duration,
+    /// Everything that ran on the machine.
+    machine: Duration,
 }
 
 impl Usage {
@@ -128,9 +147,13 @@ impl Usage {
         let first = self.samples.iter().find(within)?;
         let last = self.samples.iter().rfind(within)?;
         let elapsed = last.at.duration_since(first.at).unwrap_or_default().as_secs_f64();
-        let emulator = (last.emulator - first.emulator).as_secs_f64() / elapsed;
-        let others = (last.others - first.others).as_secs_f64() / elapsed;
-        (elapsed > 0.0).then(|| Busy { emulator, all: (emulator + others) / cores as f64 })
+        let share =
+            |used: fn(&Sample) -> Duration| used(last).saturating_sub(used(first)).as_secs_f64() / elapsed;
+        let (emulator, others) = (share(|sample| sample.emulator), share(|sample| sample.others));
+        let foreign = share(|sample| sample.machine) - share(|sample| sample.guests) - others;
+        // Clocks of different grain may disagree by a little.
+        let foreign = foreign.max(0.0) / (cores + 1) as f64;
+        (elapsed > 0.0).then(|| Busy { emulator, all: others / cores as f64, foreign })
     }
 }
 
@@ -138,6 +161,13 @@ struct Thread {
     id: Pid,
     name: String,
     ticks: u64,
+}
+
+impl Thread {
+    /// Whether it runs one of the guest's processors.
+    fn is_processor(&self) -> bool {
+        self.name.starts_with(GUEST_THREAD)
+    }
 }
 
 /// The threads of a process; none if it has ended.
@@ -158,6 +188,16 @@ fn parse_stat(stat: &str) -> Option<(String, u64)> {
     let (name, figures) = named.rsplit_once(") ")?;
     let mut times = figures.split(' ').skip(11).map_while(|figure| figure.parse::<u64>().ok());
     Some((name.to_owned(), times.next()? + times.next()?))
+}
+
+/// Reads the ticks that all cores together were busy from `/proc/stat` (proc(5)): all but idle and waiting for disks.
+fn parse_machine_stat(stat: &str) -> Option<u64> {
+    let figures = stat.strip_prefix("cpu ")?.lines().next()?.split_whitespace();
+    let figures: Vec<u64> = figures.map_while(|figure| figure.parse().ok()).collect();
+    let [user, nice, system, _idle, _waiting, interrupts, soft_interrupts, stolen, ..] = figures[..] else {
+        return None;
+    };
+    Some(user + nice + system + interrupts + soft_interrupts + stolen)
 }
 
 fn ticks(count: u64) -> Duration {
@@ -183,18 +223,35 @@ mod tests {
     }
 
     #[test]
+    fn a_machine_that_waits_is_not_busy() {
+        let stat = "cpu  100 20 30 9000 900 4 5 6 0 0\ncpu0 1 2 3 4 5 6 7 8 9 10\n";
+        assert_eq!(parse_machine_stat(stat), Some(165));
+        assert_eq!(parse_machine_stat("cpu  1 2 3\n"), None);
+    }
+
+    #[test]
     fn only_what_was_used_during_the_span_counts() {
         let at = |ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms);
-        let sample = |ms, others, emulator| Sample {
+        let sample = |ms, others, emulator, machine| Sample {
             at: at(ms),
+            guests: Duration::from_millis(ms / 10),
             others: Duration::from_millis(others),
             emulator: Duration::from_millis(emulator),
+            machine: Duration::from_millis(machine),
         };
-        let samples =
-            vec![sample(0, 0, 0), sample(1000, 900, 100), sample(2000, 1500, 300), sample(9000, 9000, 900)];
-        let usage = Usage { threads: HashMap::new(), samples };
+        let samples = vec![
+            sample(0, 0, 0, 0),
+            sample(1000, 1000, 100, 1000),
+            sample(2000, 1800, 300, 2200),
+            sample(9000, 9900, 900, 9900),
+        ];
+        let usage = Usage { samples, ..Usage::default() };
         let busy = usage.busy(Span { started: at(900), ended: at(2100) }, 2).unwrap();
-        assert!((busy.emulator - 0.2).abs() < 1e-9 && (busy.all - 0.4).abs() < 1e-9, "{busy:?}");
+        let shares = [busy.emulator, busy.all, busy.foreign];
+        assert!(
+            shares.iter().zip([0.2, 0.4, 0.1]).all(|(is, should)| (is - should).abs() < 1e-9),
+            "{busy:?}"
+        );
         assert_eq!(usage.busy(Span { started: at(3000), ended: at(4000) }, 2), None);
     }
 }
