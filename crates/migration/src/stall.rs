@@ -197,7 +197,7 @@ fn throttle_price(sample: &Sample, target_ms: f64) -> Option<ThrottlePrice> {
     let gain = 1.0 - written / sample.rate_bytes_per_second as f64;
     let drain_ms = (sample.predicted_pause_ms - target_ms).max(0.0) / gain;
     let is_possible = gain > 0.0 && drain_ms.is_finite();
-    is_possible.then(|| ThrottlePrice { share, time_ms: drain_ms + throttle::STEP_MS as f64 })
+    is_possible.then_some(ThrottlePrice { share, time_ms: drain_ms + throttle::STEP_MS as f64 })
 }
 
 #[cfg(test)]

@@ -47,8 +47,10 @@ const DRAINS: f64 = 0.4;
 const DRAINS_AT_FLOOR: f64 = 0.05;
 /// The part of the link's rate that the guest may write: the rest drains what is owed.
 pub(crate) const WRITTEN_PART: f64 = 0.5;
-/// Steps at the floor without effect after which nothing more is to be had.
-const FUTILE_STEPS: u32 = 3;
+/// Steps at the floor without effect after which nothing more is to be had. Fewer owed blocks than ever at the floor are an
+/// effect too: the predicted pause grows for a while when a long backlog begins to drain, since what waited longest was
+/// written most and takes more than blocks took until then.
+const FUTILE_STEPS: u32 = 10;
 /// No guest is slowed for longer than this.
 const LONGEST_MS: u64 = 120_000;
 
@@ -78,6 +80,7 @@ pub struct Throttle {
     /// When the step began.
     pause_ms: f64,
     futile_steps: u32,
+    least_owed_blocks: u64,
     is_too_long: bool,
 }
 
@@ -90,6 +93,7 @@ impl Throttle {
             step_began_ms: sample.now_ms,
             pause_ms: sample.predicted_pause_ms,
             futile_steps: 0,
+            least_owed_blocks: u64::MAX,
             is_too_long: false,
         }
     }
@@ -112,8 +116,9 @@ impl Throttle {
             if !shrinks && drained < DRAINS {
                 self.share = self.share.part(0.5);
             }
-        } else if shrinks || drained >= DRAINS_AT_FLOOR {
+        } else if shrinks || drained >= DRAINS_AT_FLOOR || sample.owed_blocks < self.least_owed_blocks {
             self.futile_steps = 0;
+            self.least_owed_blocks = self.least_owed_blocks.min(sample.owed_blocks);
         } else {
             self.futile_steps += 1;
         }
@@ -176,7 +181,7 @@ mod tests {
             throttle.observe(&sample(step * STEP_MS, 1_000.0));
             !throttle.is_exhausted()
         });
-        assert_eq!(steps.count(), 5);
+        assert_eq!(steps.count(), 13);
         assert_eq!(throttle.share(), CpuShare::FLOOR);
     }
 

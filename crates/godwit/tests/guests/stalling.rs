@@ -35,7 +35,8 @@ fn a_stall_ends_as_was_chosen() {
     let (code, report) = waiting.ends();
     assert_eq!((code, &report["outcome"]), (0, &Value::from("completed")), "{report}");
     assert!(report["throttled_ms"].as_u64().unwrap() > 0, "{report}");
-    assert!(report["predicted_downtime_ms"].as_u64().unwrap() <= 400, "{report}");
+    // The prediction may have grown again between the word to stop and the stop; unslowed it is of seconds.
+    assert!(report["predicted_downtime_ms"].as_u64().unwrap() <= 800, "{report}");
     assert!(!slowed.exists());
     hosts.only_at(&hosts.b);
     guest.goes_on();
@@ -81,5 +82,7 @@ fn limited(line: &str) -> Option<PathBuf> {
     let group = PathBuf::from(format!("/sys/fs/cgroup/{mount}{path}"));
     let old = fs::read_to_string(group.join("cpu.cfs_quota_us")).is_ok_and(|quota| !quota.starts_with('-'));
     let new = fs::read_to_string(group.join("cpu.max")).is_ok_and(|quota| !quota.starts_with("max"));
-    (old || new).then_some(group)
+    // The tests' own processes may be limited by a group above.
+    let is_its_own = path.rsplit('/').next()?.starts_with("godwit-throttle-");
+    ((old || new) && is_its_own).then_some(group)
 }
