@@ -75,7 +75,8 @@ pub(crate) fn run(request: impl io::Read, mut samples: impl Write) -> Result<(),
     sampler.begin(|pages, contents| memory.read(pages.iter().copied().map(PageIndex), contents))?;
     sampler.zero_share = zero_share(&memory, request.seed)?;
     for number in 1..=INTERVALS {
-        thread::sleep((began + READ_EVERY * number as u32).saturating_duration_since(Instant::now()));
+        // Not earlier where reading was slow: what an interval shows has to be worth counting.
+        thread::sleep(READ_EVERY);
         sampler.read_again(elapsed_ms(began), |pages, contents| {
             memory.read(pages.iter().copied().map(PageIndex), contents)
         })?;
@@ -122,6 +123,8 @@ struct Sampler {
     pages_total: u64,
     pages: Vec<u64>,
     zero_share: f64,
+    /// Mean encoded size of a page that isn't zero.
+    whole_bytes: f64,
     /// As they were at first, and in the newest reading.
     first: Vec<u8>,
     newest: Vec<u8>,
@@ -140,6 +143,7 @@ impl Sampler {
         Self {
             pages_total,
             zero_share: 0.0,
+            whole_bytes: 0.0,
             first: vec![0; bytes],
             newest: vec![0; bytes],
             digests: vec![0; pages.len()],
@@ -152,6 +156,9 @@ impl Sampler {
     fn begin<E>(&mut self, read: impl Fn(&[u64], &mut [u8]) -> Result<(), E>) -> Result<(), E> {
         read(&self.pages, &mut self.first)?;
         self.digests = self.first.chunks_exact(BLOCK_BYTES).map(xxh3_64).collect();
+        let is_full = |page: &usize| !is_zero(block(&self.first, *page));
+        let full: Vec<usize> = (0..self.pages.len()).filter(is_full).collect();
+        self.whole_bytes = mean_encoded_bytes(&mut encoder(self.first.len()), &self.first, &full);
         Ok(())
     }
 
@@ -179,7 +186,7 @@ impl Sampler {
         MemorySample {
             pages: self.pages_total,
             zero_share: self.zero_share,
-            whole_bytes: self.whole_bytes(),
+            whole_bytes: self.whole_bytes,
             delta_bytes: self.delta_bytes(),
             delta_age_ms: self.read_at_ms.last().map_or(0.0, |ms| *ms as f64),
             dirtying: Dirtying::fit(self.pages_total, self.pages.len() as u64, hot, &intervals),
@@ -203,13 +210,6 @@ impl Sampler {
             }
         };
         (hot.len() as u64, starts.zip(&self.read_at_ms).enumerate().map(changes).collect())
-    }
-
-    /// Mean encoded size of a page that isn't zero.
-    fn whole_bytes(&self) -> f64 {
-        let pages: Vec<usize> =
-            (0..self.pages.len()).filter(|page| !is_zero(block(&self.first, *page))).collect();
-        mean_encoded_bytes(&mut encoder(self.first.len()), &self.first, &pages)
     }
 
     /// Mean encoded size of a page that changed, against what it was at first.
@@ -244,7 +244,7 @@ fn versions(pages: &[usize]) -> Vec<BlockVersion> {
 }
 
 fn gather(contents: &[u8], pages: &[usize]) -> Vec<u8> {
-    pages.iter().flat_map(|page| block(contents, *page)).copied().collect()
+    pages.iter().map(|page| block(contents, *page)).collect::<Vec<_>>().concat()
 }
 
 fn block(contents: &[u8], page: usize) -> &[u8] {

@@ -3,7 +3,7 @@
 
 use std::{
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use godwit_migration::{
@@ -58,6 +58,7 @@ impl Agent {
 
     /// What the migration will take, if the guest's memory could be looked at and the link is known.
     pub(super) async fn foresee(&self, job: &Job, outlook: Outlook) -> Option<Forecast> {
+        let began = Instant::now();
         let sample = outlook.sampling?.newest().await?;
         let Measured { rate_bytes_per_second: measured, round_trip_ms } = match outlook.link {
             LinkOutlook::Known(measured) => measured,
@@ -69,7 +70,8 @@ impl Agent {
         let link = Link { rate_bytes_per_second: rate as f64, round_trip_ms };
         let gate = GateSettings::new(options.downtime_target_ms as f64);
         let course = course(&sample, &link, &gate, &learned);
-        tracing::debug!(?sample, ?link, ?course, "foreseen");
+        let waited_ms = began.elapsed().as_millis();
+        tracing::debug!(?sample, ?link, ?course, waited_ms, "foreseen");
         let corrections = self.history.corrections(&job.spec.name, peer);
         Some(corrections.apply(course, options.downtime_target_ms, (rate, round_trip_ms)))
     }

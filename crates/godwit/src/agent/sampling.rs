@@ -21,7 +21,7 @@ use super::{
 use crate::sample::Request;
 
 /// How long a sampler may take to its first sample, from when it is waited for.
-const PATIENCE: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(4);
 /// A sample is shorter.
 const LINE_BYTES_MAX: u64 = 4096;
 /// All samples together are.
