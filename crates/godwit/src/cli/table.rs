@@ -194,10 +194,14 @@ impl View {
         match self {
             Self::Table(drawn) => {
                 drawn.finish_and_clear();
-                println!("{}\n{}", board.table(), board.techniques());
+                Output { json: false }.line(board.table().trim_end());
             }
-            Self::Lines(output, _) => output.line(board.techniques().trim_end()),
-            Self::Json(_) => {}
+            Self::Lines(..) => {}
+            Self::Json(_) => return,
+        }
+        let techniques = board.techniques();
+        if !techniques.is_empty() {
+            Output { json: false }.line(&format!("\n{}", techniques.trim_end()));
         }
     }
 }
@@ -256,9 +260,10 @@ fn cells(migration: &Migration) -> [String; HEADER.len()] {
 fn under_way(migration: &Migration) -> [String; 6] {
     let progress = &migration.progress;
     let time = |ms: Option<u64>| ms.map_or_else(nothing, |ms| time_ms(ms as f64));
-    let state = match progress.link_silent_ms {
-        Some(ms) => format!("silent for {}", time_ms(ms as f64)),
-        None => output::phase(migration.phase).to_owned(),
+    let state = match (progress.link_silent_ms, progress.guest_share_percent) {
+        (Some(ms), _) => format!("silent for {}", time_ms(ms as f64)),
+        (None, Some(percent)) => format!("{}, guest at {percent} %", output::phase(migration.phase)),
+        (None, None) => output::phase(migration.phase).to_owned(),
     };
     // Only the source knows more than the phase.
     let Some(percent) = settled_percent(migration) else {
@@ -422,6 +427,9 @@ vm-c     from hostb  copying    –        –          –          –        
             "vm-a to hostb: copying, 42 % settled, 80 Mbit/s, pause now 48 ms, left: 9 s, 50 MiB sent"
         );
         assert!(line(&silent).starts_with("vm-a to hostb: silent for 2 s, 42 % settled"));
+        let mut slowed = migration("a", 420);
+        slowed.progress.guest_share_percent = Some(40);
+        assert!(line(&slowed).starts_with("vm-a to hostb: copying, guest at 40 %, 42 % settled"));
         assert_eq!(
             line(&done),
             "vm-a to hostb: completed, 10 Mbit/s on average, paused 19 ms, in 10 s, 11.9 MiB sent"

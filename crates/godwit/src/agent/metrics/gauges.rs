@@ -52,6 +52,7 @@ struct OfState {
 
 type Count = Gauge<u64, AtomicU64>;
 type Seconds = Gauge<f64, AtomicU64>;
+type Ratio = Gauge<f64, AtomicU64>;
 
 /// The gauges.
 #[derive(Debug, Default)]
@@ -68,6 +69,7 @@ pub(super) struct Gauges {
     downtime: Family<OfMigration, Seconds>,
     remaining: Family<OfMigration, Seconds>,
     silent: Family<OfMigration, Seconds>,
+    guest_share: Family<OfMigration, Ratio>,
 }
 
 impl Gauges {
@@ -105,6 +107,8 @@ impl Gauges {
         seconds("migration_predicted_remaining", help, &self.remaining);
         let help = "Since when nothing is heard of the target; 0 while it is heard";
         seconds("migration_link_silent", help, &self.silent);
+        let help = "The share of its speed that a guest is throttled to; 1 while it isn't";
+        registry.register("migration_guest_share_ratio", help, self.guest_share.clone());
     }
 
     /// Sets all gauges, and drops the series of what isn't there any more.
@@ -138,11 +142,12 @@ impl Gauges {
         ] {
             gauge.clear();
         }
-        for gauge in [&self.downtime, &self.remaining, &self.silent] {
+        for gauge in [&self.downtime, &self.remaining, &self.silent, &self.guest_share] {
             gauge.clear();
         }
     }
 
+    /// What the source's worker says of its migration.
     fn show(&self, migration: &UnderWay) {
         let UnderWay { machine, peer, progress, .. } = migration;
         let labels = OfMigration { machine: escaped(machine), peer: escaped(peer) };
@@ -166,6 +171,8 @@ impl Gauges {
                 gauge.get_or_create(&labels).set(value_ms as f64 / 1e3);
             }
         }
+        let guest_share = f64::from(progress.guest_share_percent.unwrap_or(100)) / 100.0;
+        self.guest_share.get_or_create(&labels).set(guest_share);
     }
 }
 

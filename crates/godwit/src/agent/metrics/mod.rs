@@ -124,6 +124,7 @@ mod tests {
             predicted_downtime_ms: Some(48),
             predicted_remaining_ms: Some(9_000),
             link_silent_ms: Some(2_500),
+            guest_share_percent: Some(40),
             ..Progress::default()
         };
         UnderWay { machine: "web1".into(), peer: "hostb".into(), role, progress }
@@ -199,6 +200,7 @@ mod tests {
             r#"godwit_migration_pages_owed{machine="web1",peer="hostb"} 12"#,
             r#"godwit_migration_predicted_downtime_seconds{machine="web1",peer="hostb"} 0.048"#,
             r#"godwit_migration_link_silent_seconds{machine="web1",peer="hostb"} 2.5"#,
+            r#"godwit_migration_guest_share_ratio{machine="web1",peer="hostb"} 0.4"#,
             "godwit_certificate_expiry_timestamp_seconds 2000000000",
         ] {
             has(&page, line);
