@@ -23,8 +23,8 @@ silence in the guest's beat of 10 ms, as a client heard it. *Guest progress*: th
 that, the pause included, over those of the five seconds before; for `idle` and a guest's command, which don't count \
 writes, beats take their place, which says how long the guest stood still but not how fast it was. *Forecast off by*: \
 median error of what was forecast before the first byte. *Emulator CPU*: what the emulated link used of a core. *Busy*: what \
-it and the contender used of the cores that aren't the guest's; from 80 % on (\\*) the machine limited and not the link, \
-and nothing is judged. More in [lab.md](../lab.md).\n\n\
+it and the contender used of the cores that aren't the guest's. From 80 % on, or where something foreign used a quarter of \
+the machine (\\*), the machine limited and not the link, and nothing is judged. More in [lab.md](../lab.md).\n\n\
 A contender that didn't converge was given up; its figures are what it had cost by then. Post-copy's guest runs at the \
 target long before its memory is there: its downtime says little, its progress until the last page says more, and it is \
 nobody that pre-copy is held against.\n";
@@ -48,6 +48,8 @@ pub(super) struct Circumstances {
     machine: String,
     commits: String,
     guest_has_core: bool,
+    /// The program was built elsewhere.
+    has_own_binary: bool,
 }
 
 impl Circumstances {
@@ -65,6 +67,7 @@ impl Circumstances {
             machine: machine(),
             commits: commits.into_iter().collect::<Vec<_>>().join(", "),
             guest_has_core,
+            has_own_binary: request.binary.is_some(),
         }
     }
 
@@ -76,13 +79,15 @@ impl Circumstances {
         } else {
             "The machine has one core; the guest shares it with everything else."
         };
+        let binary =
+            if self.has_own_binary { " (godwit itself was given, and may be of another)" } else { "" };
         let guest = match &self.guest_command {
             Some(command) => format!("The guest runs `{command}` again and again. "),
             None => String::new(),
         };
         format!(
             "{kind}Written by `{}`; {} rounds in turns, medians with the lowest and highest.\n\n\
-             {}; commit {}; QEMU {} under TCG on both sides; a guest of {GUEST_MEMORY_MB} MB, godwit aiming at a pause of \
+             {}; commit {}{binary}; QEMU {} under TCG on both sides; a guest of {GUEST_MEMORY_MB} MB, godwit aiming at a pause of \
              {} ms. {guest}{core}\n",
             self.command,
             self.rounds,
@@ -174,4 +179,42 @@ pub(super) fn commit() -> String {
 fn said(program: &str, arguments: &[&str]) -> String {
     let output = Command::new(program).current_dir(workspace()).args(arguments).output();
     output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::summary::tests::{summary, three},
+        *,
+    };
+
+    #[test]
+    fn a_page_tells_what_was_reached_and_what_was_not() {
+        let mut runs = three("godwit", [100, 90, 110]);
+        runs.extend(three("qemu-xbzrle", [300, 290, 310]));
+        runs.extend(three("qemu-postcopy", [80, 80, 80]));
+        let circumstances = Circumstances {
+            command: "cargo xtask bench migrate --quick".into(),
+            is_quick: true,
+            rounds: 3,
+            guest_command: None,
+            machine: "2 cores".into(),
+            commits: "abc".into(),
+            guest_has_core: true,
+            has_own_binary: false,
+        };
+        let page = render(&summary(&runs), &circumstances, "migrate.svg");
+        for expected in [
+            "**This is a quick run.**",
+            "2 cores; commit abc; QEMU",
+            "## medium, 100 Mbit/s, 20 ms",
+            "| godwit | 3/3 | 100.0 (90.0–110.0) | 8.0 (7.2–8.8) |",
+            "| bytes on the wire: at most 0.5 of qemu-xbzrle's | 0.33 | met |",
+            "| downtime: at most 0.2 of qemu-xbzrle's | 0.33 | NOT MET |",
+            "- qemu-postcopy: bytes on the wire 80.0 MB, godwit 100.0 MB",
+            "| qemu-postcopy | `postcopy-ram`; given up after 120 s |",
+        ] {
+            assert!(page.contains(expected), "{expected}\n{page}");
+        }
+    }
 }

@@ -87,3 +87,29 @@ fn bars(group: &Group, row: &Row, top: usize) -> String {
 fn text(left: usize, base: usize, weight: &str, words: &str) -> String {
     format!("<text x=\"{left}\" y=\"{base}\" font-weight=\"{weight}\">{words}</text>\n")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{
+            ledger::Run,
+            summary::tests::{summary, three},
+        },
+        *,
+    };
+
+    #[test]
+    fn each_figure_has_a_bar_and_what_never_arrived_is_faint() {
+        let mut runs = three("godwit", [100, 100, 100]);
+        runs.extend(three("qemu-precopy", [400, 400, 400]).into_iter().map(|run| Run {
+            converged: false,
+            downtime_ms: None,
+            ..run
+        }));
+        let svg = render(&summary(&runs));
+        // The background, three bars of godwit, two of the other.
+        assert_eq!(svg.matches("<rect").count(), 6);
+        assert_eq!(svg.matches("opacity=\"0.35\"").count(), 2);
+        assert!(svg.contains("width=\"35.0\""), "a quarter of the longest bar: {svg}");
+    }
+}

@@ -24,6 +24,8 @@ const LEAST_PROGRESS: f64 = 0.95;
 const BUSY: f64 = 0.8;
 /// What others may use of the machine before figures say more about them.
 const DISTURBANCE: f64 = 0.05;
+/// What they may use before nothing is judged any more.
+const DISTURBANCE_MAX: f64 = 0.25;
 
 /// Values of several rounds.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -122,7 +124,8 @@ impl Row {
 
     /// Whether the machine, or the emulated link, had too little left to say how fast the contender is.
     pub(super) fn is_limited(&self) -> bool {
-        [self.emulator, self.busy].into_iter().flatten().any(|share| share.median >= BUSY)
+        let limits = [(self.emulator, BUSY), (self.busy, BUSY), (self.foreign, DISTURBANCE_MAX)];
+        limits.iter().any(|(share, limit)| share.is_some_and(|share| share.median >= *limit))
     }
 
     fn is_rival(&self) -> bool {
@@ -241,7 +244,7 @@ impl Group {
 impl fmt::Display for Verdict {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         formatter.write_str(match (self.limited, self.target.met()) {
-            (true, _) => "not judged: limited by CPU",
+            (true, _) => "not judged: the machine was too busy",
             (false, true) => "met",
             (false, false) => "NOT MET",
         })
@@ -273,7 +276,7 @@ impl Summary {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use clap::Parser;
 
     use super::{
@@ -287,12 +290,12 @@ mod tests {
         request: Request,
     }
 
-    fn summary(runs: &[Run]) -> Summary {
+    pub(crate) fn summary(runs: &[Run]) -> Summary {
         let line = Line::parse_from(["bench", "--workloads", "medium"]);
         Summary::of(&Plan::of(&line.request).unwrap(), runs)
     }
 
-    fn three(contender: &str, megabytes: [u64; 3]) -> Vec<Run> {
+    pub(crate) fn three(contender: &str, megabytes: [u64; 3]) -> Vec<Run> {
         (1..).zip(megabytes).map(|(round, megabytes)| run(contender, "medium", round, megabytes)).collect()
     }
 
