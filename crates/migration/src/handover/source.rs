@@ -9,7 +9,7 @@ pub enum SourceEvent {
     TargetReady,
     /// The stop policy says that now is the time.
     Decided,
-    /// QEMU stopped the guest for the switch-over.
+    /// QEMU stopped the guest for the switch-over. Said again when it is known better what the guest did.
     Stopped {
         /// What it did before.
         run_state: RunState,
@@ -165,11 +165,18 @@ impl Source {
     }
 
     fn stopped(&mut self, run_state: RunState) -> Vec<Action> {
-        if self.state != State::Stopping {
-            return vec![];
+        let before = std::mem::replace(&mut self.state, State::Flushing { run_state });
+        match before {
+            State::Stopping => vec![self.persist_offered(Some(run_state), Sync::Behind), Action::AnswerShut],
+            // What the guest did is known better now.
+            State::Flushing { run_state: known } if known != run_state => {
+                vec![self.persist_offered(Some(run_state), Sync::Behind)]
+            }
+            _ => {
+                self.state = before;
+                vec![]
+            }
         }
-        self.state = State::Flushing { run_state };
-        vec![self.persist_offered(Some(run_state), Sync::Behind), Action::AnswerShut]
     }
 
     fn state_flushed(&mut self) -> Vec<Action> {

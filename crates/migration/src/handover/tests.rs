@@ -78,6 +78,23 @@ fn a_source_gives_the_machine_away_in_four_steps() {
     assert!(source.is_settled());
 }
 
+/// Its operator paused the guest after it was asked what it does, and before QEMU stopped it.
+#[test]
+fn what_the_guest_did_may_become_known_better_until_the_token_leaves() {
+    let mut source = source();
+    source.apply(SourceEvent::TargetReady);
+    source.apply(SourceEvent::PeerSays(Message::HandoverOpened { epoch: FIRST }));
+    source.apply(SourceEvent::Decided);
+    source.apply(SourceEvent::Stopped { run_state: RunState::Running });
+    let paused = SourceEvent::Stopped { run_state: RunState::Paused };
+    assert_eq!(brief(&source.apply(paused.clone())), ["offered Behind"]);
+    assert_eq!(brief(&source.apply(paused)), [""; 0]);
+    let actions = source.apply(SourceEvent::StateFlushed);
+    assert!(matches!(actions[1], Action::SendToken { run_state: RunState::Paused, .. }), "{actions:?}");
+    assert_eq!(brief(&source.apply(SourceEvent::Stopped { run_state: RunState::Running })), [""; 0]);
+    assert!(source.has_given_away());
+}
+
 #[test]
 fn a_target_runs_the_guest_when_loaded_and_synced() {
     let mut target = target();

@@ -30,10 +30,12 @@
 
 mod element;
 mod error;
+mod global_state;
 mod output;
 mod splitter;
 
 pub use error::{StreamError, StreamProblem};
+pub use global_state::GlobalState;
 pub use splitter::Splitter;
 
 /// Size of a page of the guest, the unit of the stream's RAM records.

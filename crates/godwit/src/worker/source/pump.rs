@@ -18,7 +18,10 @@ use std::{
 
 use godwit_content::{BLOCK_BYTES, BlockId};
 use godwit_migration::wire;
-use godwit_qemu::stream::{PageRoute, RamBlock, RamPage, RamSectionEnd, Splitter, StreamError, StreamSink};
+use godwit_qemu::qmp::RunState;
+use godwit_qemu::stream::{
+    GlobalState, PageRoute, RamBlock, RamPage, RamSectionEnd, Splitter, StreamError, StreamSink,
+};
 
 use super::{
     sender::{LinkClosed, StreamCourier, StreamSum},
@@ -37,7 +40,12 @@ pub(super) enum PumpEvent {
     /// The guest is stopped, and its last dirty page has been named.
     MemoryNamed,
     /// QEMU closed its stream after the last byte of device state; all of it has been put into the outbox.
-    Ended(StreamSum),
+    Ended {
+        /// What was sent of it.
+        sum: StreamSum,
+        /// What the guest did just before it was stopped, if the stream says so.
+        guest_did: Option<RunState>,
+    },
     /// The pump can't go on.
     Failed(PumpError),
 }
@@ -171,12 +179,12 @@ impl Pump {
     /// Drains the stream to its end, telling `tell` what happens; its last call is `Ended` or `Failed`.
     pub(super) fn run(mut self, tell: impl Fn(PumpEvent)) {
         match self.drain(&tell) {
-            Ok(()) => tell(PumpEvent::Ended(self.courier.sum())),
+            Ok(guest_did) => tell(PumpEvent::Ended { sum: self.courier.sum(), guest_did }),
             Err(error) => tell(PumpEvent::Failed(error)),
         }
     }
 
-    fn drain(&mut self, tell: &impl Fn(PumpEvent)) -> Result<(), PumpError> {
+    fn drain(&mut self, tell: &impl Fn(PumpEvent)) -> Result<Option<RunState>, PumpError> {
         let mut relay = Relay::default();
         let mut splitter = Splitter::new();
         let mut buffer = vec![0; READ_BYTES];
@@ -184,7 +192,12 @@ impl Pump {
             self.stage.wait_for_room();
             let read = self.stream.read(&mut buffer)?;
             if read == 0 {
-                return if relay.memory_named { Ok(()) } else { Err(PumpError::TooEarly) };
+                let is_whole = relay.memory_named;
+                return if is_whole {
+                    Ok(relay.global_state.before_stop())
+                } else {
+                    Err(PumpError::TooEarly)
+                };
             }
             self.split(&mut splitter, &mut relay, &buffer[..read])?;
             self.hand_on(&mut relay, permit, tell)?;
@@ -212,6 +225,7 @@ impl Pump {
     ) -> Result<(), PumpError> {
         self.courier.put(wire::STREAM, &relay.forward)?;
         self.courier.put(wire::DEVICE_STATE, &relay.device_state)?;
+        relay.global_state.push(&relay.device_state);
         relay.forward.clear();
         relay.device_state.clear();
         if relay.memory_named && !relay.memory_named_told {
@@ -235,6 +249,7 @@ impl Pump {
 struct Relay {
     forward: Vec<u8>,
     device_state: Vec<u8>,
+    global_state: GlobalState,
     memory_named: bool,
     memory_named_told: bool,
     passes: Passes,

@@ -252,9 +252,11 @@ impl<'a> Control<'a> {
         }
         match happened {
             Happened::Pump(PumpEvent::MemoryNamed) => self.guest_stopped(None),
-            Happened::Pump(PumpEvent::Ended(sum)) => {
+            Happened::Pump(PumpEvent::Ended { sum, guest_did }) => {
                 self.stop.stream = Some(sum);
-                self.flushed()
+                let mut actions = guest_did.map_or_else(Vec::new, |did| self.guest_had_been(run_state(did)));
+                actions.extend(self.flushed());
+                actions
             }
             Happened::Pump(PumpEvent::Failed(error)) => self.abort(one_line(&error)),
             Happened::Sent(Ok(sent)) => {
@@ -368,6 +370,16 @@ impl<'a> Control<'a> {
                 (self.session.stats().acked_bytes, self.threads.account.stream_bytes());
         }
         self.threads.stage.wake();
+        self.handover.apply(SourceEvent::Stopped { run_state })
+    }
+
+    /// QEMU's own word on what the guest did: its operator's may have come between our question and the stop.
+    fn guest_had_been(&mut self, run_state: RunState) -> Vec<Action> {
+        self.guest_does = run_state;
+        if self.stop.guest_did.is_none() {
+            return vec![];
+        }
+        self.stop.guest_did = Some(run_state);
         self.handover.apply(SourceEvent::Stopped { run_state })
     }
 
