@@ -42,15 +42,20 @@ fn a_stall_ends_as_was_chosen() {
     guest.goes_on();
 }
 
+/// With nobody left who could, the next agent lifts the limit.
 #[test]
-fn a_slowed_guest_gets_its_speed_back_when_its_worker_dies() {
-    let hosts = Hosts::new();
+fn a_slowed_guest_gets_its_speed_back_when_agent_and_worker_have_died() {
+    let mut hosts = Hosts::new();
     let guest = Guest::boot(&hosts, Plan::PATTERN);
-    let migration = begin(&hosts, &["--on-stall", "throttle", "--downtime-target", "20ms"]);
+    let id = begin(&hosts, &["--on-stall", "throttle", "--downtime-target", "20ms"]).id;
     let slowed = eventually_slowed(&hosts.a);
-    signal(hosts.a.worker(&migration.id), Signal::SIGKILL);
+    hosts.a.crash();
+    signal(hosts.a.worker(&id), Signal::SIGKILL);
+    assert!(slowed.exists());
+    hosts.a.start(&hosts.lab);
     eventually("the guest has its speed back", || !slowed.exists() && slowed_threads(&hosts.a).is_empty());
     assert!(!hosts.a.machine_file("throttle.json").exists());
+    let migration = Migration { id, from: &hosts.a };
     assert_eq!(migration.ends().0, 1);
     guest.goes_on();
 }
