@@ -30,10 +30,10 @@ const SAMPLED_RUN_PAGES: u64 = 8;
 /// Runs that are only looked at for zeros, once: 256 MiB.
 const SCANNED_RUNS: u64 = 4096;
 const SCANNED_RUN_PAGES: u64 = 16;
-/// Between two readings.
-const READ_EVERY: Duration = Duration::from_millis(200);
+/// Between two readings, at least. A target is ready after half a second, and isn't to wait for the sample.
+const READ_EVERY: Duration = Duration::from_millis(100);
 /// Readings after the first. No more than bits in [`Sampler::changed`].
-const INTERVALS: usize = 5;
+const INTERVALS: usize = 8;
 /// With fewer, pages that always change can't be told from those that change now and then.
 const LEAST_INTERVALS: usize = 3;
 
@@ -72,11 +72,12 @@ pub(crate) fn run(request: impl io::Read, mut samples: impl Write) -> Result<(),
     let memory = ProcessMemory::open(request.pid, &request.ranges.iter().map(range).collect::<Vec<_>>())?;
     let mut sampler = Sampler::new(memory.pages(), request.seed);
     let began = Instant::now();
+    let mut last = began;
     sampler.begin(|pages, contents| memory.read(pages.iter().copied().map(PageIndex), contents))?;
     sampler.zero_share = zero_share(&memory, request.seed)?;
     for number in 1..=INTERVALS {
-        // Not earlier where reading was slow: what an interval shows has to be worth counting.
-        thread::sleep(READ_EVERY);
+        thread::sleep(READ_EVERY.saturating_sub(last.elapsed()));
+        last = Instant::now();
         sampler.read_again(elapsed_ms(began), |pages, contents| {
             memory.read(pages.iter().copied().map(PageIndex), contents)
         })?;

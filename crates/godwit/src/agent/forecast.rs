@@ -6,8 +6,9 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use godwit_content::BLOCK_BYTES;
 use godwit_migration::{
-    forecast::{Link, course},
+    forecast::{Link, Plan, course},
     predict::Learned,
     stop::GateSettings,
 };
@@ -68,8 +69,11 @@ impl Agent {
         let rate = options.bandwidth_bytes_per_second.map_or(measured, |limit| measured.min(limit)).max(1);
         let learned: Learned = state::read_json(&self.state.learned(peer)).unwrap_or_default();
         let link = Link { rate_bytes_per_second: rate as f64, round_trip_ms };
-        let gate = GateSettings::new(options.downtime_target_ms as f64);
-        let course = course(&sample, &link, &gate, &learned);
+        let plan = Plan {
+            gate: GateSettings::new(options.downtime_target_ms as f64),
+            base_bytes: options.base_limit_bytes.unwrap_or(sample.pages * BLOCK_BYTES as u64 / 4),
+        };
+        let course = course(&sample, &link, &plan, &learned);
         let waited_ms = began.elapsed().as_millis();
         tracing::debug!(?sample, ?link, ?course, waited_ms, "foreseen");
         let corrections = self.history.corrections(&job.spec.name, peer);
@@ -81,6 +85,9 @@ impl Agent {
         if (job.role, report.outcome) != (Role::Source, Outcome::Completed) {
             return;
         }
+        // The last that was measured may be of a guest with little to send; on average it carried at least this.
+        let average = report.wire_bytes.saturating_mul(1_000).checked_div(report.total_ms);
+        let carried = average.map(|average| average.max(rate_bytes_per_second)).filter(|rate| *rate > 0);
         let entry = HistoryEntry {
             id: job.id.clone(),
             machine: job.spec.name.clone(),
@@ -90,7 +97,7 @@ impl Agent {
             total_ms: report.total_ms,
             wire_bytes: report.wire_bytes,
             downtime_ms: report.downtime_source_ms.or(report.downtime_ms),
-            rate_bytes_per_second: (rate_bytes_per_second > 0).then_some(rate_bytes_per_second),
+            rate_bytes_per_second: carried.filter(|_| job.options.bandwidth_bytes_per_second.is_none()),
             round_trip_ms: report.round_trip_ms,
         };
         if let Err(error) = self.history.add(&entry) {

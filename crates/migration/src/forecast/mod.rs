@@ -18,6 +18,7 @@
 mod correction;
 mod dirtying;
 
+use godwit_content::BLOCK_BYTES;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
@@ -64,6 +65,15 @@ pub struct Link {
     pub round_trip_ms: f64,
 }
 
+/// How the source goes about it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Plan {
+    /// When to stop the guest.
+    pub gate: GateSettings,
+    /// Memory for bases of deltas.
+    pub base_bytes: u64,
+}
+
 /// What a migration will come to, most likely.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Course {
@@ -92,6 +102,13 @@ impl MemorySample {
         (pages - zero_pages) * self.whole_bytes + zero_pages * ZERO_PAGE_BYTES
     }
 
+    /// The share of the pages sent in the first pass of which the source still has what it sent when it is over, so that a
+    /// delta can be made.
+    fn kept_share(&self, base_bytes: u64) -> f64 {
+        let full_bytes = self.pages as f64 * (1.0 - self.zero_share) * BLOCK_BYTES as f64;
+        if full_bytes > 0.0 { (base_bytes as f64 / full_bytes).min(1.0) } else { 1.0 }
+    }
+
     /// Encoded bytes of what a time of `ms` leaves dirty. Of a page that is written again the delta grows, since writes
     /// seldom hit the same bytes, up to what the whole page takes.
     fn dirty_bytes(&self, ms: f64) -> f64 {
@@ -102,10 +119,10 @@ impl MemorySample {
     }
 }
 
-/// Foresees a migration of this memory over this link with this gate.
+/// Foresees a migration of this memory over this link.
 ///
 /// ```
-/// use godwit_migration::{forecast::{Dirtying, Link, MemorySample, course}, predict::Learned, stop::GateSettings};
+/// use godwit_migration::{forecast::{Dirtying, Link, MemorySample, Plan, course}, predict::Learned, stop::GateSettings};
 ///
 /// let memory = MemorySample {
 ///     pages: 131_072,
@@ -116,16 +133,20 @@ impl MemorySample {
 ///     dirtying: Dirtying { hot_pages: 100.0, warm_pages: 32_768.0, warm_pages_per_second: 3_000.0 },
 /// };
 /// let link = Link { rate_bytes_per_second: 12_000_000.0, round_trip_ms: 20.0 };
-/// let course = course(&memory, &link, &GateSettings::new(50.0), &Learned::default());
+/// let plan = Plan { gate: GateSettings::new(50.0), base_bytes: 128 << 20 };
+/// let course = course(&memory, &link, &plan, &Learned::default());
 /// assert!((8_000.0..12_000.0).contains(&course.total_ms));
 /// assert!(course.downtime_ms < 50.0);
 /// ```
-pub fn course(memory: &MemorySample, link: &Link, gate: &GateSettings, learned: &Learned) -> Course {
+pub fn course(memory: &MemorySample, link: &Link, plan: &Plan, learned: &Learned) -> Course {
+    let gate = &plan.gate;
     let rate = (link.rate_bytes_per_second / 1e3).max(f64::MIN_POSITIVE);
     let first_bytes = memory.first_bytes();
     let first_ms = first_bytes / rate;
     // A page is sent at any time of the first pass, so it had half of it to be written again, on average.
-    let owed_bytes = memory.dirty_bytes(first_ms / 2.0);
+    let kept = memory.kept_share(plan.base_bytes);
+    let whole = memory.dirtying.distinct_pages(first_ms / 2.0) * memory.whole_bytes.max(memory.delta_bytes);
+    let owed_bytes = kept * memory.dirty_bytes(first_ms / 2.0) + (1.0 - kept) * whole;
     let pause_ms = |memory_bytes: f64| {
         (memory_bytes + learned.device_state_bytes) / rate + learned.fixed_ms + link.round_trip_ms / 2.0
     };

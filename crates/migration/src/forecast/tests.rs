@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use super::*;
 
 const TARGET: GateSettings = GateSettings { target_ms: 50.0, patience_ms: 3_000, settle_ms: 150 };
+const PLAN: Plan = Plan { gate: TARGET, base_bytes: u64::MAX };
 
 fn medium() -> MemorySample {
     MemorySample {
@@ -20,7 +21,7 @@ fn link() -> Link {
 }
 
 fn foreseen(memory: &MemorySample, link: &Link) -> Course {
-    course(memory, link, &TARGET, &Learned::default())
+    course(memory, link, &PLAN, &Learned::default())
 }
 
 /// Readings of a guest of which each interval writes `writes` random pages of `set` sampled ones.
@@ -89,6 +90,16 @@ fn a_guest_is_slowed_as_much_as_it_takes_and_no_more() {
     assert!(foreseen(&busy.slowed(share + 0.01), &link()).downtime_ms > TARGET.target_ms);
     let far = Link { round_trip_ms: 200.0, ..link() };
     assert_eq!(foreseen(&busy, &far).share_to_meet, None);
+}
+
+#[test]
+fn what_has_no_base_any_more_goes_whole_again() {
+    let of =
+        |base_bytes| course(&medium(), &link(), &Plan { base_bytes, ..PLAN }, &Learned::default()).wire_bytes;
+    let pages = medium().dirtying.distinct_pages(1e3 * medium().first_bytes() / 12e6 / 2.0);
+    assert_eq!(of(u64::MAX), of(4096 * 131_072));
+    assert!(of(0) - of(u64::MAX) > pages * 1_500.0);
+    assert!(of(64 << 20) < of(0) && of(64 << 20) > of(u64::MAX));
 }
 
 #[test]
