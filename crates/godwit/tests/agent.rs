@@ -159,6 +159,29 @@ fn a_start_that_was_cut_short_is_undone_by_the_next_agent() {
     host.godwit(&["vm", "run", &spec]).succeeds();
 }
 
+/// Files become whole under another name; an agent or a worker that is killed in the middle leaves that.
+#[test]
+fn what_was_just_being_written_is_swept_by_the_next_agent() {
+    let site = Site::new();
+    let mut host = site.host("hosta", 0, "");
+    host.godwit(&["vm", "run", &host.spec("web1", "")]).succeeds();
+    host.crash();
+    let half = [
+        "machines/web1/token-written.json.new",
+        "machines/web1/spec.new",
+        "migrations/5f2c9e01a7b3d846/job.new",
+    ];
+    let half = half.map(|file| host.state().join(file));
+    for file in &half {
+        fs::create_dir_all(file.parent().unwrap()).unwrap();
+        fs::write(file, "{").unwrap();
+    }
+    host.start();
+    assert!(half.iter().all(|file| !file.exists()));
+    assert_eq!(fs::read_dir(host.state().join("migrations")).unwrap().count(), 0);
+    assert_eq!(host.machine("web1", "state"), "running");
+}
+
 #[test]
 fn what_qemu_refuses_is_said_in_one_line_and_leaves_nothing() {
     let site = Site::new();

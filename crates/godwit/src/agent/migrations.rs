@@ -147,6 +147,11 @@ impl Agent {
     pub(super) fn resume_migrations(self: &Arc<Self>) {
         for id in self.state.migrations().unwrap_or_default() {
             let directory = self.state.migration(&id);
+            if !directory.join(job::JOB_FILE).exists() {
+                // The last agent died while it wrote the job down; nothing had begun.
+                let _ = fs::remove_dir_all(&directory);
+                continue;
+            }
             if directory.join(job::REPORT_FILE).exists() {
                 tokio::spawn(self.clone().close_ended(id));
                 continue;
@@ -389,7 +394,7 @@ impl Agent {
             let Ok(_claim) = self.busy.claim(&name, "a start that wasn't finished is being undone") else {
                 continue;
             };
-            machine.sweep();
+            state::sweep(machine.path());
             let Some(starting) = machine.starting() else { continue };
             if recovery::is_open(&machine) {
                 continue;

@@ -202,16 +202,6 @@ impl MachineDir {
         &self.files
     }
 
-    /// Removes files that were being written when their writer died. Nobody may be writing any now.
-    pub(crate) fn sweep(&self) {
-        for name in fs::read_dir(self.path()).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
-            if Path::new(&name).extension().is_some_and(|extension| extension == SCRATCH_EXTENSION) {
-                // Whoever writes that file next replaces it.
-                let _ = fs::remove_file(self.path().join(name));
-            }
-        }
-    }
-
     /// Whether the machine is known.
     #[must_use]
     pub(crate) fn exists(&self) -> bool {
@@ -356,6 +346,16 @@ pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), Stat
         .and_then(|()| fs::rename(&scratch, path))
         .and_then(|()| path.parent().map_or(Ok(()), sync_directory))
         .map_err(at(path))
+}
+
+/// Removes the files of a directory that were being written when their writer died. Nobody may be writing any there now.
+pub(crate) fn sweep(directory: &Path) {
+    for name in fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
+        if Path::new(&name).extension().is_some_and(|extension| extension == SCRATCH_EXTENSION) {
+            // Whoever writes that file next replaces it.
+            let _ = fs::remove_file(directory.join(name));
+        }
+    }
 }
 
 /// Makes the names in a directory survive the host.

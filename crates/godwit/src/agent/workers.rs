@@ -60,8 +60,8 @@ pub(super) fn spawn(directory: &Path, id: &str) -> Result<(), AgentError> {
     Ok(())
 }
 
-/// Removes what a worker that has ended leaves besides its account: its sockets and its control group. The agent that
-/// started it may not live any more.
+/// Removes what a worker that has ended leaves besides its account: its sockets, its control group, and what it, or the
+/// agent that started it, was just writing.
 pub(super) async fn clear(directory: &Path) {
     let give_up_at = Instant::now() + END_TIMEOUT;
     let id = directory.file_name().and_then(OsStr::to_str).unwrap_or_default();
@@ -71,6 +71,7 @@ pub(super) async fn clear(directory: &Path) {
     for socket in [WORKER_SOCKET, ACCEPT_SOCKET] {
         let _ = fs::remove_file(directory.join(socket));
     }
+    state::sweep(directory);
 }
 
 /// Whether the worker of the job in `directory` lives.

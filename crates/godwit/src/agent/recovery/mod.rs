@@ -39,7 +39,7 @@ use super::{
     machines,
     migrations::doing,
     ownership::{self, Holder},
-    state::MachineDir,
+    state::{self, MachineDir},
     workers,
 };
 use crate::{
@@ -178,7 +178,7 @@ impl Agent {
     /// has just died, if that is why.
     pub(in crate::agent) async fn settle(&self, name: &str, ended: Option<&Job>) -> Finding {
         let directory = self.state.machine(name);
-        directory.sweep();
+        state::sweep(directory.path());
         let store = Store::open(directory.path());
         // What a worker wrote last may not survive the host yet; what is built on it would.
         let record = match synced(&store) {
