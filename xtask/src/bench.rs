@@ -23,8 +23,8 @@ use self::{
     summary::Summary,
 };
 use crate::{
-    contest::{Load, Stage, cores::Cores, hosts},
-    setup,
+    contest::{Load, Stage, cores::Cores},
+    product, provenance, setup,
 };
 
 mod ledger;
@@ -104,10 +104,10 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     let image = GuestImage::ensure()?;
     let godwit = match &request.binary {
         Some(binary) => binary.clone(),
-        None if plan.has_godwit() => hosts::build()?,
+        None if plan.has_godwit() => product::build(&["--release"])?,
         None => PathBuf::new(),
     };
-    let arena = Arena { image, godwit, cores: Cores::reserve()?, commit: page::commit() };
+    let arena = Arena { image, godwit, cores: Cores::reserve()?, commit: provenance::commit()? };
     let mut ledger = Ledger::open(request.json.as_deref())?;
     let broken = arena.carry_out(&plan, &mut ledger)?;
     let summary = Summary::of(&plan, ledger.runs());

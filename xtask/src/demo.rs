@@ -8,8 +8,8 @@ use clap::ValueEnum;
 use godwit_sim::{guest_image::GuestImage, lab::Lab, link::Shape};
 
 use crate::{
-    contest::{Contender, GODWIT, GUEST_MEMORY_MB, Load, Stage, hosts},
-    setup,
+    contest::{Contender, GODWIT, GUEST_MEMORY_MB, Load, Stage},
+    product, setup,
 };
 
 mod failures;
@@ -51,7 +51,7 @@ pub(crate) fn run(request: &Request) -> Result<()> {
     setup::run()?;
     let image = GuestImage::ensure()?;
     let wanted = |name: &str| request.only.is_empty() || request.only.iter().any(|only| only == name);
-    let godwit = if wanted(GODWIT) { hosts::build()? } else { PathBuf::new() };
+    let godwit = if wanted(GODWIT) { product::build(&["--release"])? } else { PathBuf::new() };
     let round_trip = Duration::from_millis(request.round_trip);
     let lab = Lab::new(Shape::symmetric(request.rate, round_trip))?;
     let stage = Stage {

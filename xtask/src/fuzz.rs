@@ -16,6 +16,8 @@ use anyhow::{Context, Result, bail, ensure};
 use godwit_sim::guest_image::workspace;
 use serde::Deserialize;
 
+use crate::provenance::{self, said};
+
 /// The triple is named so that build scripts and procedural macros aren't instrumented.
 const TRIPLE: &str = "x86_64-unknown-linux-gnu";
 const FLAGS: &str = "--cfg fuzzing -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -50,7 +52,7 @@ pub(crate) struct Request {
 /// When a target doesn't build, or something was found: the error names the input.
 pub(crate) fn run(request: &Request) -> Result<()> {
     let targets = targets(request.target.as_deref())?;
-    let commit = said("git", &["rev-parse", "--short=10", "HEAD"])?;
+    let commit = provenance::commit()?;
     build()?;
     for target in &targets {
         let run = fuzz(target, request.executions)?;
@@ -172,11 +174,6 @@ fn fuzz(target: &str, executions: u64) -> Result<Run> {
         eprintln!("{said}");
     }
     Ok(Run { executions, seconds: start.elapsed().as_secs(), finding })
-}
-
-fn said(program: &str, arguments: &[&str]) -> Result<String> {
-    let output = Command::new(program).args(arguments).current_dir(workspace()).output()?;
-    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 fn record(target: &str, commit: &str, run: &Run) -> Result<()> {

@@ -11,6 +11,8 @@ mod contest;
 mod demo;
 mod fuzz;
 mod lab;
+mod product;
+mod provenance;
 mod setup;
 mod test;
 mod tidy;

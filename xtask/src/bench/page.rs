@@ -1,9 +1,8 @@
 //! The page that the docs keep: what was measured, on what, and what was to be reached.
 
-use std::{collections::BTreeSet, fmt::Write as _, path::Path, process::Command};
+use std::{collections::BTreeSet, fmt::Write as _, path::Path};
 
 use anyhow::{Context, Result};
-use godwit_sim::guest_image::workspace;
 
 use super::{
     Request,
@@ -13,7 +12,10 @@ use super::{
     summary::{Group, Summary},
     table::{COLUMNS, cells},
 };
-use crate::contest::{DOWNTIME_TARGET, GUEST_MEMORY_MB};
+use crate::{
+    contest::{DOWNTIME_TARGET, GUEST_MEMORY_MB},
+    provenance::{machine, said},
+};
 
 /// What the figures mean, and what isn't among them.
 const MEANING: &str = "\
@@ -158,27 +160,9 @@ fn line<T: AsRef<str>>(cells: &[T]) -> String {
     format!("| {} |\n", cells.join(" | "))
 }
 
-/// The processor and how many of it.
-fn machine() -> String {
-    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let mut names = processors.lines().filter_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let count = processors.lines().filter(|line| line.starts_with("processor")).count();
-    format!("{count} cores ({})", names.next().map_or("unknown", |(_, name)| name))
-}
-
 fn qemu_version() -> String {
-    let banner = said("qemu-system-x86_64", &["--version"]);
+    let banner = said("qemu-system-x86_64", &["--version"]).unwrap_or_default();
     banner.split_whitespace().nth(3).unwrap_or("unknown").to_owned()
-}
-
-/// What is checked out.
-pub(super) fn commit() -> String {
-    said("git", &["rev-parse", "--short", "HEAD"]).trim().to_owned()
-}
-
-fn said(program: &str, arguments: &[&str]) -> String {
-    let output = Command::new(program).current_dir(workspace()).args(arguments).output();
-    output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
 }
 
 #[cfg(test)]

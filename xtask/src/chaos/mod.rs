@@ -10,7 +10,8 @@
 //! second monitor at every QEMU ([`watch`]), the processes and files that are left ([`verdict`]). A failed round keeps
 //! its logs and says how to play it again; the next one starts from nothing.
 //!
-//! Left out: a host's clock that jumps. Both hosts of the lab share the machine's one clock, which isn't ours to set.
+//! Left out: a host's clock that jumps. Both hosts of the lab share the machine's one clock, which isn't ours to set; the
+//! guests' tests give one of them another (`a_clock_that_jumps_changes_nothing`).
 
 mod fault;
 mod hosts;
@@ -24,10 +25,10 @@ mod strike;
 mod verdict;
 mod watch;
 
-use std::{path::PathBuf, process::Command, time::Instant};
+use std::{path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result, bail};
-use godwit_sim::guest_image::{directory, workspace};
+use godwit_sim::guest_image::directory;
 
 pub(crate) use self::{fault::Fault, sabotage::Sabotage};
 use self::{
@@ -35,7 +36,7 @@ use self::{
     plan::Plan,
     stage::Stage,
 };
-use crate::setup;
+use crate::{product, provenance, setup};
 
 /// What the command line asks for.
 #[derive(Debug, Clone, clap::Args)]
@@ -98,7 +99,7 @@ pub(crate) fn run(request: &Request) -> Result<()> {
     }
     let program = match &request.binary {
         Some(program) => program.clone(),
-        None => build(&[])?,
+        None => product::build(&[])?,
     };
     let mut ledger = Ledger::open(request.json.as_deref(), request.seed)?;
     let mut stage = Stage::new(&program, None)?;
@@ -165,44 +166,8 @@ fn conclude(request: &Request, ledger: &Ledger) -> Result<()> {
         bail!("{} rounds failed: {failed:?}", failed.len());
     }
     match &request.markdown {
-        Some(path) => std::fs::write(path, ledger.markdown(&machine(), &commit()))
+        Some(path) => std::fs::write(path, ledger.markdown(&provenance::machine(), &provenance::commit()?))
             .with_context(|| format!("cannot write {}", path.display())),
         None => Ok(()),
     }
-}
-
-/// Builds the program with more arguments for cargo.
-fn build(arguments: &[&str]) -> Result<PathBuf> {
-    let built = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
-        .current_dir(workspace())
-        .args(["build", "--package", "godwit", "--message-format=json-render-diagnostics"])
-        .args(arguments)
-        .stderr(std::process::Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    let messages = String::from_utf8_lossy(&built.stdout);
-    let mut messages =
-        messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let program = messages.find_map(|message| {
-        let path = message["executable"].as_str()?;
-        (message["target"]["name"] == "godwit").then(|| PathBuf::from(path))
-    });
-    match program {
-        Some(program) if built.status.success() => Ok(program),
-        _ => bail!("godwit doesn't build"),
-    }
-}
-
-/// The processor and how many of it.
-fn machine() -> String {
-    let processors = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = processors.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": "));
-    let count = std::thread::available_parallelism().map_or(1, usize::from);
-    format!("{count} processors ({})", name.map_or("unknown", |(_, name)| name))
-}
-
-fn commit() -> String {
-    let output = Command::new("git").current_dir(workspace()).args(["rev-parse", "--short", "HEAD"]).output();
-    let output = output.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
-    output.unwrap_or_else(|_| "unknown".to_owned())
 }

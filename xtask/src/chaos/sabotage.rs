@@ -4,12 +4,12 @@ use anyhow::{Result, bail};
 use clap::ValueEnum;
 
 use super::{
-    build, carry_out,
+    carry_out,
     fault::Fault,
     plan::{Moment, Plan, Sign},
     stage::Stage,
 };
-use crate::chaos::fault::Side;
+use crate::{chaos::fault::Side, product};
 
 /// Rounds until which it has to be found.
 const ROUNDS_MAX: u64 = 12;
@@ -59,7 +59,7 @@ impl Sabotage {
 /// # Errors
 /// When none does.
 pub(super) fn run(sabotage: Sabotage, seed: u64) -> Result<()> {
-    let program = build(&["--features", "sabotage"])?;
+    let program = product::build(&["--features", "sabotage"])?;
     let mut stage = Stage::new(&program, Some(sabotage.name()))?;
     let (fault, moment) = sabotage.revealed_by();
     for number in 0..ROUNDS_MAX {

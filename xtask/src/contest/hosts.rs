@@ -9,7 +9,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use godwit_sim::{
-    guest_image::{GuestImage, workspace},
+    guest_image::GuestImage,
     lab::{GUEST_BRIDGE, Lab, Place, Process},
 };
 use nix::{
@@ -27,27 +27,6 @@ const AGENT_PORT: u16 = 4577;
 const EMULATOR: &str = "qemu";
 const START_LIMIT: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
-
-/// Builds the program as it is shipped.
-pub(crate) fn build() -> Result<PathBuf> {
-    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    let built = cargo
-        .current_dir(workspace())
-        .args(["build", "--release", "--package", "godwit", "--message-format=json-render-diagnostics"])
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    let messages = String::from_utf8_lossy(&built.stdout);
-    let mut messages = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let program = messages.find_map(|message| {
-        let path = message["executable"].as_str()?;
-        (message["target"]["name"] == "godwit").then(|| PathBuf::from(path))
-    });
-    match program {
-        Some(program) if built.status.success() => Ok(program),
-        _ => bail!("godwit does not build"),
-    }
-}
 
 /// One host with its agent.
 pub(crate) struct Host {
