@@ -6,7 +6,7 @@ use std::{fs, io, path::Path};
 
 use godwit_qemu::qmp::{Client, MigrationSettings, QmpError};
 
-use crate::{output::one_line, throttle};
+use crate::{output::one_line, throttle, token::Durability, whole_file};
 
 /// The file's name in a machine's directory.
 pub(crate) const BORROWED_FILE: &str = "qemu-settings.json";
@@ -19,14 +19,7 @@ pub(crate) fn note(machine_dir: &Path, settings: &MigrationSettings) -> io::Resu
     if noted(machine_dir).is_some() {
         return Ok(());
     }
-    let path = machine_dir.join(BORROWED_FILE);
-    let scratch = path.with_extension("new");
-    let written =
-        fs::write(&scratch, serde_json::to_vec(settings)?).and_then(|()| fs::rename(&scratch, path));
-    if written.is_err() {
-        let _ = fs::remove_file(scratch);
-    }
-    written
+    whole_file::replace(&machine_dir.join(BORROWED_FILE), &serde_json::to_vec(settings)?, Durability::Written)
 }
 
 /// What was written down, if anything was.

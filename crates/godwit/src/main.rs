@@ -17,6 +17,7 @@ mod sabotage;
 mod sample;
 mod throttle;
 mod token;
+mod whole_file;
 mod worker;
 
 fn main() -> std::process::ExitCode {

@@ -19,6 +19,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::{token::Durability, whole_file};
+
 /// The note's name in a machine's directory.
 const NOTE_FILE: &str = "throttle.json";
 /// A machine has at most 1,024 virtual CPUs, nearly always in one group; a longer note isn't ours.
@@ -268,11 +270,9 @@ fn has_cpu_controller(group: &Path) -> bool {
 
 fn write_note(machine_dir: &Path, groups: &[&Group]) -> Result<(), ThrottleError> {
     let path = machine_dir.join(NOTE_FILE);
-    let scratch = path.with_extension("new");
     let written = serde_json::to_vec(groups)
         .map_err(io::Error::from)
-        .and_then(|bytes| fs::write(&scratch, bytes))
-        .and_then(|()| fs::rename(&scratch, &path));
+        .and_then(|bytes| whole_file::replace(&path, &bytes, Durability::Written));
     write_result(&path, written)
 }
 

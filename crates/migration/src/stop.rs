@@ -124,7 +124,7 @@ impl Gate {
     /// How much shorter a pause has to be for patience to begin again.
     const WORTH_WAITING: f64 = 0.95;
     /// After so many patiences in all, even a new shortest pause doesn't make it wait anew. One is remembered for as long.
-    const PATIENCES: u64 = 4;
+    pub(crate) const PATIENCES: u64 = 4;
 
     /// A gate that has seen nothing.
     pub fn new(settings: GateSettings) -> Self {

@@ -17,6 +17,8 @@ use super::probe::Measured;
 use crate::{
     api::{HistoryEntry, HistoryScore},
     job::{Forecast, Range},
+    token::Durability,
+    whole_file,
 };
 
 /// Entries that are kept.
@@ -56,9 +58,13 @@ impl History {
 
     /// All entries, the oldest first; lines that make no sense are left out.
     pub(super) fn entries(&self) -> Vec<HistoryEntry> {
+        self.text().lines().filter_map(parse).collect()
+    }
+
+    fn text(&self) -> String {
         let is_sane = fs::metadata(&self.file).is_ok_and(|file| file.len() <= BYTES_MAX);
-        let text = if is_sane { fs::read_to_string(&self.file).unwrap_or_default() } else { String::new() };
-        text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+        let bytes = if is_sane { fs::read(&self.file).unwrap_or_default() } else { Vec::new() };
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Adds an entry, and forgets the oldest if there are too many.
@@ -67,21 +73,19 @@ impl History {
     /// What the file system says; the history is as it was then, or lacks its newest entry.
     pub(super) fn add(&self, entry: &HistoryEntry) -> io::Result<()> {
         let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut entries = self.entries();
-        if entries.len() < ENTRIES_MAX + SURPLUS_MAX {
+        let text = self.text();
+        let mut lines: Vec<&str> = text.lines().filter(|line| parse(line).is_some()).collect();
+        let newest = serde_json::to_string(entry)?;
+        if lines.len() < ENTRIES_MAX + SURPLUS_MAX {
             // A line that a crash cut off must not spoil the next one.
-            let ends_well =
-                fs::read(&self.file).is_ok_and(|bytes| bytes.last().is_none_or(|last| *last == b'\n'));
-            let break_first = if self.file.exists() && !ends_well { "\n" } else { "" };
+            let break_first = if text.is_empty() || text.ends_with('\n') { "" } else { "\n" };
             let mut options = OpenOptions::new();
             let mut file = options.create(true).append(true).mode(0o600).open(&self.file)?;
-            return file.write_all(format!("{break_first}{}\n", line(entry)?).as_bytes());
+            return file.write_all(format!("{break_first}{newest}\n").as_bytes());
         }
-        entries.push(entry.clone());
-        let kept = entries[entries.len() - ENTRIES_MAX..].iter().map(line).collect::<io::Result<Vec<_>>>()?;
-        let scratch = self.file.with_extension("new");
-        fs::write(&scratch, kept.join("\n") + "\n")?;
-        fs::rename(&scratch, &self.file)
+        lines.push(&newest);
+        let kept = &lines[lines.len() - ENTRIES_MAX..];
+        whole_file::replace(&self.file, (kept.join("\n") + "\n").as_bytes(), Durability::Written)
     }
 
     /// What the newest outcomes teach for a move of `machine` to `peer`.
@@ -160,8 +164,8 @@ pub(super) fn score(entries: &[HistoryEntry]) -> HistoryScore {
     }
 }
 
-fn line(entry: &HistoryEntry) -> io::Result<String> {
-    serde_json::to_string(entry).map_err(io::Error::other)
+fn parse(line: &str) -> Option<HistoryEntry> {
+    serde_json::from_str(line).ok()
 }
 
 #[cfg(test)]
@@ -170,6 +174,10 @@ mod tests {
 
     const COURSE: Course =
         Course { total_ms: 10_000.0, wire_bytes: 1e8, downtime_ms: 20.0, share_to_meet: Some(1.0) };
+
+    fn line(entry: &HistoryEntry) -> String {
+        serde_json::to_string(entry).unwrap()
+    }
 
     fn entry(number: u64, machine: &str, factor: u64) -> HistoryEntry {
         let forecast = Corrections::of(&[]).apply(COURSE, 50, (12_000_000, 20.0));
@@ -191,7 +199,7 @@ mod tests {
     fn the_newest_thousand_are_kept() {
         let directory = tempfile::tempdir().unwrap();
         let history = History::new(directory.path().join("history.ndjson"));
-        let lines: Vec<String> = (0..1_100).map(|number| line(&entry(number, "web1", 1)).unwrap()).collect();
+        let lines: Vec<String> = (0..1_100).map(|number| line(&entry(number, "web1", 1))).collect();
         fs::write(directory.path().join("history.ndjson"), lines.join("\n") + "\n").unwrap();
         history.add(&entry(1_100, "web1", 1)).unwrap();
         let entries = history.entries();
@@ -206,7 +214,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let history = History::new(directory.path().join("history.ndjson"));
         history.add(&entry(1, "web1", 1)).unwrap();
-        let half = &line(&entry(2, "web1", 1)).unwrap()[..40];
+        let half = &line(&entry(2, "web1", 1))[..40];
         let mut file = OpenOptions::new().append(true).open(directory.path().join("history.ndjson")).unwrap();
         file.write_all(half.as_bytes()).unwrap();
         history.add(&entry(3, "web1", 1)).unwrap();

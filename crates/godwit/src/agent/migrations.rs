@@ -39,6 +39,7 @@ use crate::{
     api::{Finding, FindingState, Migration},
     job::{self, Command, Event, Happening, Job, Outcome, Phase, Progress, Report, Role},
     token::Store,
+    whole_file,
 };
 
 /// Finished migrations that are kept.
@@ -394,7 +395,7 @@ impl Agent {
             let Ok(_claim) = self.busy.claim(&name, "a start that wasn't finished is being undone") else {
                 continue;
             };
-            state::sweep(machine.path());
+            whole_file::sweep(machine.path());
             let Some(starting) = machine.starting() else { continue };
             if recovery::is_open(&machine) {
                 continue;

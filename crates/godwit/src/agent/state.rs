@@ -10,6 +10,7 @@
 //!                            /qemu.pid qmp.sock qmp-migration.sock console.sock qemu.log
 //!            /migrations/<id>/…           see `crate::job`
 //!            /partial/<name>.memory       what arrived of a migration that broke (`--keep-partial`)
+//!            /stand-down/<machine>@<host>.json  what a host that was declared lost is told when it answers
 //!            /learned/<peer>.json         what pauses towards a peer taught
 //!            /history.ndjson              what migrations were thought to take, and took (see `history`)
 //! ```
@@ -19,7 +20,7 @@
 
 use std::{
     fs::{self, DirBuilder, File, OpenOptions},
-    io::{self, Write},
+    io,
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
@@ -29,12 +30,16 @@ use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::process::Process;
-use crate::{borrowed, job, token::is_record_file};
+use crate::{
+    borrowed, job,
+    token::{Durability, is_record_file},
+    whole_file,
+};
 
+/// The directory of orders to hosts that were declared lost.
+const STAND_DOWN: &str = "stand-down";
 /// The note of a start that isn't over.
 const STARTING_FILE: &str = "starting.json";
-/// Of a file that is renamed once it is whole; a record's scratch files have it too.
-const SCRATCH_EXTENSION: &str = "new";
 /// No file of the state directory is read beyond this.
 const FILE_BYTES_MAX: u64 = 1 << 20;
 
@@ -90,6 +95,8 @@ impl StateDir {
             .map_err(at(&path))?;
         let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock)
             .map_err(|_| StateError::Locked(root.clone()))?;
+        // Workers write to the other directories, and outlive their agent.
+        ["", STAND_DOWN].iter().for_each(|inner| whole_file::sweep(&root.join(inner)));
         Ok(Self { root, _lock: lock })
     }
 
@@ -97,6 +104,12 @@ impl StateDir {
     #[must_use]
     pub(crate) fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The directory for orders to hosts that were declared lost.
+    #[must_use]
+    pub(crate) fn stand_down(&self) -> PathBuf {
+        self.root.join(STAND_DOWN)
     }
 
     /// The file for what pauses towards a peer taught.
@@ -328,39 +341,14 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T, StateErro
     serde_json::from_slice(&bytes).map_err(|source| StateError::Damaged { path: path.to_owned(), source })
 }
 
-/// Replaces a JSON file, mode 0600.
+/// Replaces a JSON file, and sees that it survives the host.
 ///
 /// # Errors
 /// What the file system says.
 pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), StateError> {
     let bytes = serde_json::to_vec_pretty(value)
         .map_err(|source| StateError::Damaged { path: path.to_owned(), source })?;
-    let scratch = path.with_extension(SCRATCH_EXTENSION);
-    OpenOptions::new()
-        .create(true)
-        .write(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&scratch)
-        .and_then(|mut file| file.write_all(&bytes).and_then(|()| file.sync_data()))
-        .and_then(|()| fs::rename(&scratch, path))
-        .and_then(|()| path.parent().map_or(Ok(()), sync_directory))
-        .map_err(at(path))
-}
-
-/// Removes the files of a directory that were being written when their writer died. Nobody may be writing any there now.
-pub(crate) fn sweep(directory: &Path) {
-    for name in fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.file_name()) {
-        if Path::new(&name).extension().is_some_and(|extension| extension == SCRATCH_EXTENSION) {
-            // Whoever writes that file next replaces it.
-            let _ = fs::remove_file(directory.join(name));
-        }
-    }
-}
-
-/// Makes the names in a directory survive the host.
-fn sync_directory(directory: &Path) -> io::Result<()> {
-    File::open(directory)?.sync_all()
+    whole_file::replace(path, &bytes, Durability::Synced).map_err(at(path))
 }
 
 /// Makes a directory (and those above it) that only this user can read.
@@ -372,7 +360,7 @@ pub(crate) fn make_private_dir(path: &Path) -> Result<(), StateError> {
         return Ok(());
     }
     DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at(path))?;
-    path.parent().map_or(Ok(()), sync_directory).map_err(at(path))
+    path.parent().map_or(Ok(()), whole_file::sync_directory).map_err(at(path))
 }
 
 fn list(path: &Path) -> Result<Vec<String>, StateError> {

@@ -23,7 +23,10 @@ use super::{
     process::{self, Privilege, Process},
     state,
 };
-use crate::job::{ACCEPT_SOCKET, WORKER_SOCKET};
+use crate::{
+    job::{ACCEPT_SOCKET, WORKER_SOCKET},
+    whole_file,
+};
 
 /// The program that this process runs, even if its file was replaced by a newer version since: a worker is of its
 /// agent's version.
@@ -71,7 +74,7 @@ pub(super) async fn clear(directory: &Path) {
     for socket in [WORKER_SOCKET, ACCEPT_SOCKET] {
         let _ = fs::remove_file(directory.join(socket));
     }
-    state::sweep(directory);
+    whole_file::sweep(directory);
 }
 
 /// Whether the worker of the job in `directory` lives.

@@ -19,7 +19,11 @@ use tokio::{
     sync::{broadcast, mpsc},
 };
 
-use crate::job::{Command, EVENTS_FILE, Event, Happening, REPORT_FILE, Report, WORKER_SOCKET};
+use crate::{
+    job::{Command, EVENTS_FILE, Event, Happening, REPORT_FILE, Report, WORKER_SOCKET},
+    token::Durability,
+    whole_file,
+};
 
 /// Live events a slow client may be behind by; then it misses progress, never the end, which is in the file.
 const CLIENT_BACKLOG_EVENTS: usize = 256;
@@ -92,10 +96,8 @@ impl Journal {
 
     /// Writes the final report, to its file first, then as the last event.
     pub(super) fn finish(&self, report: Report) -> io::Result<()> {
-        let path = self.shared.directory.join(REPORT_FILE);
-        let scratch = path.with_extension("new");
-        std::fs::write(&scratch, serde_json::to_vec_pretty(&report).expect("reports are plain data"))?;
-        std::fs::rename(&scratch, &path)?;
+        let text = serde_json::to_vec_pretty(&report).expect("reports are plain data");
+        whole_file::replace(&self.shared.directory.join(REPORT_FILE), &text, Durability::Written)?;
         self.say(Happening::Finished(Box::new(report)));
         Ok(())
     }

@@ -43,11 +43,7 @@ pub(crate) struct Hosts {
 
 impl Hosts {
     pub(crate) fn new() -> Self {
-        Self::joined_by(MEGABITS_PER_SECOND, ROUND_TRIP)
-    }
-
-    pub(crate) fn joined_by(megabits_per_second: u64, round_trip: Duration) -> Self {
-        let lab = Lab::new(Shape::symmetric(megabits_per_second, round_trip)).unwrap();
+        let lab = Lab::new(Shape::symmetric(MEGABITS_PER_SECOND, ROUND_TRIP)).unwrap();
         let image = GuestImage::ensure().unwrap();
         let authority = lab.directory().join("ca");
         succeed(Command::new(GODWIT).args(["ca", "init"]).arg(&authority));

@@ -25,7 +25,10 @@ pub use self::{
     correction::{Correction, Range, Score},
     dirtying::{Changes, Dirtying},
 };
-use crate::{predict::Learned, stop::GateSettings};
+use crate::{
+    predict::Learned,
+    stop::{Gate, GateSettings},
+};
 
 /// What a zero page takes: its share of a batch's header and control section.
 const ZERO_PAGE_BYTES: f64 = 1.0;
@@ -36,8 +39,6 @@ const PREPARING_ROUND_TRIPS: f64 = 6.0;
 const NEAR_PASS_MS: f64 = 25.0;
 /// Where the guest is as fast as the link, coalescing still lets what is owed fall by about this share of the link.
 const LEAST_GAIN: f64 = 0.1;
-/// After so many patiences in all the gate waits no longer for shorter pauses.
-const PATIENCES: f64 = 4.0;
 
 /// A guest's memory as a look from outside found it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -158,7 +159,7 @@ pub fn course(memory: &MemorySample, link: &Link, plan: &Plan, learned: &Learned
     let dirtied = memory.dirtying.warm_pages_per_second / 1e3 * memory.delta_bytes;
     let gain = (rate - dirtied).max(rate * LEAST_GAIN);
     let patience_ms = gate.patience_ms as f64;
-    let drain_ms = (owed_bytes / gain).min(patience_ms * PATIENCES);
+    let drain_ms = (owed_bytes / gain).min(patience_ms * Gate::PATIENCES as f64);
     let wait_ms = if downtime_ms <= gate.target_ms { gate.settle_ms as f64 } else { patience_ms };
     let meanwhile_bytes = (owed_bytes + dirtied * (drain_ms + wait_ms)).min(rate * (drain_ms + wait_ms));
 

@@ -71,7 +71,7 @@ impl Agent {
         self.fence(machine, lost, confirmed).await?;
         let reclaimed = record.reclaimed();
         let order = Order { machine: machine.to_owned(), lost: lost.to_owned(), epoch: reclaimed.epoch };
-        state::make_private_dir(&self.orders())?;
+        state::make_private_dir(&self.state.stand_down())?;
         state::write_json(&self.order_file(machine, lost), &order)?;
         store.save(&reclaimed, Durability::Synced)?;
         let ran = match record.state {
@@ -170,7 +170,7 @@ impl Agent {
 
     /// The orders that haven't been answered, as long as they still hold: the record must have got as far.
     fn open_orders(&self) -> Vec<Order> {
-        let entries = fs::read_dir(self.orders()).into_iter().flatten().flatten();
+        let entries = fs::read_dir(self.state.stand_down()).into_iter().flatten().flatten();
         let orders = entries.filter_map(|entry| state::read_json::<Order>(&entry.path()).ok());
         orders
             .filter(|order| {
@@ -180,12 +180,8 @@ impl Agent {
             .collect()
     }
 
-    fn orders(&self) -> PathBuf {
-        self.state.root().join("stand-down")
-    }
-
     fn order_file(&self, machine: &str, lost: &str) -> PathBuf {
-        self.orders().join(format!("{machine}@{lost}.json"))
+        self.state.stand_down().join(format!("{machine}@{lost}.json"))
     }
 }
 

@@ -39,7 +39,7 @@ use super::{
     machines,
     migrations::doing,
     ownership::{self, Holder},
-    state::{self, MachineDir},
+    state::MachineDir,
     workers,
 };
 use crate::{
@@ -48,6 +48,7 @@ use crate::{
     job::{self, Job, Outcome, Report, Role},
     output::one_line,
     token::{Store, TokenError},
+    whole_file,
 };
 
 /// How often the agent looks whether something is to be settled.
@@ -178,7 +179,7 @@ impl Agent {
     /// has just died, if that is why.
     pub(in crate::agent) async fn settle(&self, name: &str, ended: Option<&Job>) -> Finding {
         let directory = self.state.machine(name);
-        state::sweep(directory.path());
+        whole_file::sweep(directory.path());
         let store = Store::open(directory.path());
         // What a worker wrote last may not survive the host yet; what is built on it would.
         let record = match synced(&store) {

@@ -5,6 +5,8 @@ use std::{fs, path::Path};
 
 use godwit_migration::predict::Learned;
 
+use crate::{token::Durability, whole_file};
+
 /// A file is no longer than this.
 const BYTES_MAX: u64 = 4096;
 
@@ -19,9 +21,8 @@ pub(super) fn load(path: Option<&Path>) -> Learned {
 /// Keeps it for the next migration. Failing to is no reason to bother anybody.
 pub(super) fn save(path: Option<&Path>, learned: &Learned) {
     let Some(path) = path else { return };
-    let scratch = path.with_extension("new");
     let text = serde_json::to_vec(learned).expect("numbers have a JSON form");
-    if let Err(error) = fs::write(&scratch, text).and_then(|()| fs::rename(&scratch, path)) {
+    if let Err(error) = whole_file::replace(path, &text, Durability::Written) {
         tracing::info!(%error, "what the pause taught isn't kept");
     }
 }

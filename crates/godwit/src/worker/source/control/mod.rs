@@ -251,14 +251,7 @@ impl<'a> Control<'a> {
             tracing::debug!(?happened);
         }
         match happened {
-            Happened::Pump(PumpEvent::MemoryNamed) => self.guest_stopped(None),
-            Happened::Pump(PumpEvent::Ended { sum, guest_did }) => {
-                self.stop.stream = Some(sum);
-                let mut actions = guest_did.map_or_else(Vec::new, |did| self.guest_had_been(run_state(did)));
-                actions.extend(self.flushed());
-                actions
-            }
-            Happened::Pump(PumpEvent::Failed(error)) => self.abort(one_line(&error)),
+            Happened::Pump(event) => self.stream_brought(event),
             Happened::Sent(Ok(sent)) => {
                 self.stop.sent = Some(sent);
                 self.flushed()
@@ -269,13 +262,7 @@ impl<'a> Control<'a> {
             }
             Happened::Peer(Ok(_)) => self.abort("the target sent a message that has no place here".into()),
             Happened::Peer(Err(error)) => self.abort(one_line(&error)),
-            Happened::SessionOver(error) => {
-                self.session_over = true;
-                if let Some(error) = error {
-                    self.journal.warn(one_line(&error));
-                }
-                self.handover.apply(SourceEvent::LinkLost)
-            }
+            Happened::SessionOver(error) => self.link_lost(error),
             Happened::Monitor(event) => self.qemu_says(&event),
             Happened::Missed { migration, does } => {
                 // Any other state is QEMU's own, of the switch-over.
@@ -285,25 +272,52 @@ impl<'a> Control<'a> {
                 self.migration_is(migration)
             }
             Happened::QemuGone => self.handover.apply(SourceEvent::QemuDied),
-            Happened::Command(Command::Cancel) => {
+            Happened::Command(command) => self.obey(command),
+            Happened::Tick => self.look(),
+        }
+    }
+
+    fn stream_brought(&mut self, event: PumpEvent) -> Vec<Action> {
+        match event {
+            PumpEvent::MemoryNamed => self.guest_stopped(None),
+            PumpEvent::Ended { sum, guest_did } => {
+                self.stop.stream = Some(sum);
+                let mut actions = guest_did.map_or_else(Vec::new, |did| self.guest_had_been(run_state(did)));
+                actions.extend(self.flushed());
+                actions
+            }
+            PumpEvent::Failed(error) => self.abort(one_line(&error)),
+        }
+    }
+
+    fn link_lost(&mut self, error: Option<SessionError>) -> Vec<Action> {
+        self.session_over = true;
+        if let Some(error) = error {
+            self.journal.warn(one_line(&error));
+        }
+        self.handover.apply(SourceEvent::LinkLost)
+    }
+
+    fn obey(&mut self, command: Command) -> Vec<Action> {
+        match command {
+            Command::Cancel => {
                 self.cancelled = true;
                 self.abort("cancelled by the operator".into())
             }
-            Happened::Command(Command::PeerSays { message }) => {
+            Command::PeerSays { message } => {
                 // Its agent speaks for it, so its worker doesn't.
                 self.target_is_gone = true;
                 self.handover.apply(SourceEvent::PeerSays(message))
             }
-            Happened::Command(Command::SetBandwidth { bytes_per_second }) => {
+            Command::SetBandwidth { bytes_per_second } => {
                 self.bandwidth = bytes_per_second;
                 self.session.set_bandwidth(bytes_per_second);
                 vec![]
             }
-            Happened::Command(Command::SetOnStall { on_stall }) => {
+            Command::SetOnStall { on_stall } => {
                 self.choose(on_stall);
                 vec![]
             }
-            Happened::Tick => self.look(),
         }
     }
 
