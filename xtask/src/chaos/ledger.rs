@@ -117,11 +117,13 @@ impl Ledger {
             return Ok(Ledger { seed, counts, faults, details: Vec::new() });
         };
         let text = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-        let ledger: Ledger =
+        let mut ledger: Ledger =
             serde_json::from_slice(&text).with_context(|| format!("{} isn't a ledger", path.display()))?;
         if ledger.seed != seed {
             bail!("{} is of seed {}, not {seed}", path.display(), ledger.seed);
         }
+        // Several ranges of rounds may have been joined.
+        ledger.count();
         Ok(ledger)
     }
 
@@ -133,6 +135,10 @@ impl Ledger {
     /// Enters a round.
     pub(super) fn enter(&mut self, round: Round) {
         self.details.push(round);
+        self.count();
+    }
+
+    fn count(&mut self) {
         self.counts = Counts::of(self.details.iter());
         let of = |fault: &Fault| Counts::of(self.details.iter().filter(|round| round.fault == *fault));
         let present =
