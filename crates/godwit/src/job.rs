@@ -152,9 +152,25 @@ pub(crate) struct Options {
     pub reconnect_timeout_ms: u64,
     /// If the link is lost for good, the target keeps what it has for the next try.
     pub keep_partial: bool,
+    /// What isn't done to make pages smaller; for measuring what each technique is worth.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub without: Vec<Technique>,
 }
 
 impl Options {
+    /// What may be done to make pages smaller.
+    #[must_use]
+    pub(crate) fn techniques(&self) -> godwit_content::Techniques {
+        let is_used = |technique| !self.without.contains(&technique);
+        godwit_content::Techniques {
+            zero: is_used(Technique::Zero),
+            reference: is_used(Technique::Reference),
+            sub_block: is_used(Technique::SubBlock),
+            delta: is_used(Technique::Delta),
+            compress: is_used(Technique::Compress),
+        }
+    }
+
     /// Longest outage of the link that the migration survives.
     #[must_use]
     pub(crate) fn reconnect_timeout(&self) -> Duration {
@@ -177,8 +193,25 @@ impl Default for Options {
             inline: false,
             reconnect_timeout_ms: 60_000,
             keep_partial: false,
+            without: Vec::new(),
         }
     }
+}
+
+/// What makes pages smaller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Technique {
+    /// A page of zeros is only named.
+    Zero,
+    /// A page that the target has elsewhere is only named.
+    Reference,
+    /// So is a block of 1 KiB.
+    SubBlock,
+    /// Of a page that was sent before, only what changed is sent.
+    Delta,
+    /// zstd over what is left.
+    Compress,
 }
 
 /// The stop policies a user can name.

@@ -9,7 +9,7 @@ use godwit_transport::identity::HostName;
 use super::exit;
 use crate::{
     agent::config::{DEFAULT_CONFIG, DEFAULT_IDENTITY, DEFAULT_SOCKET},
-    job::{OnStall, Options, RECONNECT_TIMEOUT_MS, StopPolicyName, Verify},
+    job::{OnStall, Options, RECONNECT_TIMEOUT_MS, StopPolicyName, Technique, Verify},
     quantity::{RateLimit, parse_rate, parse_rate_limit, parse_size, parse_time},
 };
 
@@ -326,6 +326,9 @@ pub(super) struct Migrate {
     /// If the link is lost for good, let the target keep what it has, so that the next try sends only what changed
     #[arg(long)]
     keep_partial: bool,
+    /// Don't make pages smaller in these ways; for measuring what each is worth
+    #[arg(long, value_name = "TECHNIQUES", value_delimiter = ',')]
+    without: Vec<Technique>,
     /// Don't watch: print the id and return
     #[arg(long)]
     pub(super) detach: bool,
@@ -346,6 +349,7 @@ impl Migrate {
             early_announce: self.early_announce,
             inline: self.inline,
             keep_partial: self.keep_partial,
+            without: self.without.clone(),
             reconnect_timeout_ms: u64::try_from(self.reconnect_timeout.as_millis()).unwrap_or(u64::MAX),
         }
     }
@@ -433,6 +437,8 @@ mod tests {
             "--reconnect-timeout",
             "5s",
             "--keep-partial",
+            "--without",
+            "sub-block,compress",
         ]);
         let expected = Options {
             bandwidth_bytes_per_second: Some(10_000_000),
@@ -447,6 +453,7 @@ mod tests {
             inline: true,
             reconnect_timeout_ms: 5_000,
             keep_partial: true,
+            without: vec![Technique::SubBlock, Technique::Compress],
         };
         assert_eq!(options, Ok(expected));
     }

@@ -29,6 +29,7 @@ fn a_pc_with_all_devices_travels_in_every_way() {
             &["--connections", "4"],
             &["--stop-policy", "smart-stop"],
             &["--early-announce", "--base-limit", "1M"],
+            &["--without", "zero,reference,sub-block,delta,compress"],
         ],
     );
 }

@@ -249,6 +249,7 @@ async fn start_threads(
     let limits = EncoderLimits { base_bytes: usize::try_from(limit).unwrap_or(usize::MAX), level };
     let (sending, sent_through) = (stage.clone(), outbox.clone());
     let mut encoder = Encoder::new(limits);
+    encoder.set_techniques(job.options.techniques());
     encoder.assume_held(held);
     thread::spawn(move || {
         let sent = sender::send_all(&sending, &mut encoder, &sent_through);
