@@ -31,7 +31,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-pub(crate) use self::validate::{check_interface, check_path};
+pub(crate) use self::validate::{check_interface, check_path, shown};
 pub use self::{
     mac::{MacAddress, MacAddressError},
     size::{ByteSize, ByteSizeError},
@@ -44,8 +44,8 @@ use crate::commandline::Argument;
 const DEFAULT_MACHINE: &str = "q35";
 
 /// The x86-64-v2 level with AES: every x86 server since 2011 has these features and TCG emulates them, so any two
-/// hosts can exchange the machine. `host` and `max` are faster for some programs, but then the hosts' processors,
-/// microcode and QEMU versions must be alike.
+/// hosts can exchange the machine, under KVM as long as their processors are by the same maker. `host` and `max` are
+/// faster for some programs, but then the target must have all that the source has: [`crate::processor`] compares.
 const DEFAULT_CPU: &str = "qemu64,+ssse3,+sse4.1,+sse4.2,+popcnt,+aes";
 
 /// A machine. Every field but `name` and `memory` has a default.
@@ -58,7 +58,7 @@ pub struct Spec {
     /// machine asks it ([`crate::qmp::Client::machine_type`]) and writes the versioned type here.
     #[serde(default = "default_machine")]
     pub machine: String,
-    /// QEMU's CPU model with its features.
+    /// QEMU's CPU model with its features. It decides which hosts the machine can go to.
     #[serde(default = "default_cpu")]
     pub cpu: String,
     /// What executes the guest.

@@ -160,6 +160,8 @@ pub struct CpuInfo {
     pub cpu_index: u64,
     /// The host's thread that executes it.
     pub thread_id: i32,
+    /// Where it is in QEMU's object tree.
+    pub qom_path: String,
 }
 
 /// `query-memory-size-summary`.
@@ -274,6 +276,32 @@ impl Client {
     /// The virtual CPUs.
     pub async fn query_cpus_fast(&self) -> Result<Vec<CpuInfo>, QmpError> {
         self.query("query-cpus-fast", Value::Null).await
+    }
+
+    /// Where the first virtual CPU is in the object tree.
+    pub async fn first_cpu_path(&self) -> Result<String, QmpError> {
+        let first = self.query_cpus_fast().await?.into_iter().next();
+        first.map(|cpu| cpu.qom_path).ok_or_else(|| QmpError::Unexpected {
+            command: "query-cpus-fast".to_owned(),
+            source: serde::de::Error::custom("the machine has no processor"),
+        })
+    }
+
+    /// The names of all features of processors that this QEMU knows: what the model without any is described by.
+    pub async fn cpu_feature_names(&self) -> Result<Vec<String>, QmpError> {
+        #[derive(Deserialize)]
+        struct Answer {
+            model: Model,
+        }
+        #[derive(Deserialize)]
+        struct Model {
+            props: Map<String, Value>,
+        }
+        let arguments = json!({ "type": "static", "model": { "name": "base" } });
+        let answer: Answer = self.query("query-cpu-model-expansion", arguments).await?;
+        // Beside them are a few numbers and the names of model and vendor.
+        let features = answer.model.props.into_iter().filter(|(_, value)| value.is_boolean());
+        Ok(features.map(|(name, _)| name).collect())
     }
 
     /// The guest's memory.

@@ -7,4 +7,5 @@
 mod adoption;
 mod described;
 mod monitor;
+mod processor;
 mod qemu;
