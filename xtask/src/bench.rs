@@ -170,6 +170,7 @@ impl Arena {
             godwit: &self.godwit,
             patience,
             compares_memories: false,
+            finds_floor: true,
         };
         let Some(cores) = &self.cores else {
             return Ok(Run::of(turn, &turn.contender.run(&stage)?, None, &self.commit));

@@ -62,6 +62,7 @@ pub(crate) fn run(request: &Request) -> Result<()> {
         godwit: &godwit,
         patience: 1,
         compares_memories: true,
+        finds_floor: false,
     };
     println!(
         "a {GUEST_MEMORY_MB} MB guest ({}), over {} Mbit/s with a round trip of {} ms",

@@ -33,6 +33,9 @@ pub(super) struct Run {
     pub(super) guest_progress_ratio: Option<f64>,
     /// The longest silence in the guest's beat of 10 ms.
     pub(super) beat_gap_ms: f64,
+    /// What the guest's memory took at least when it had been moved: godwit's runs only.
+    #[serde(default)]
+    pub(super) floor_bytes: Option<u64>,
     pub(super) predicted_total_ms: Option<u64>,
     pub(super) predicted_wire_bytes: Option<u64>,
     /// What the emulated link used of a core.
@@ -62,6 +65,7 @@ impl Run {
             downtime_ms: outcome.downtime_ms,
             guest_progress_ratio: outcome.guest_progress_ratio,
             beat_gap_ms: outcome.largest_beat_gap.as_secs_f64() * 1e3,
+            floor_bytes: outcome.floor_bytes,
             predicted_total_ms: outcome.predicted.total_ms,
             predicted_wire_bytes: outcome.predicted.wire_bytes,
             emulator_cpu_share: busy.map(|busy| busy.emulator),
@@ -161,6 +165,7 @@ pub(super) mod tests {
             downtime_ms: Some(megabytes as f64),
             guest_progress_ratio: Some(0.99),
             beat_gap_ms: 12.0,
+            floor_bytes: Some(90_000_000),
             predicted_total_ms: None,
             predicted_wire_bytes: None,
             emulator_cpu_share: Some(0.2),

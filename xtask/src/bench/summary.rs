@@ -20,6 +20,8 @@ const FAST_LINK_MBIT: u64 = 1_000;
 const PAUSE_ROUND_TRIP_MS: u64 = 20;
 const PAUSE_OVER_ROUND_TRIP_MS: u64 = 30;
 const LEAST_PROGRESS: f64 = 0.95;
+/// What godwit's bytes may be of the least that the guest's memory takes, compressed at rest.
+const FLOOR_SHARE: f64 = 1.1;
 /// The share from which on the machine limits, and not the link.
 const BUSY: f64 = 0.8;
 /// What others may use of the machine before figures say more about them.
@@ -42,6 +44,8 @@ pub(super) struct Row {
     pub(super) rounds: usize,
     pub(super) converged: usize,
     pub(super) wire_mb: Option<Spread>,
+    /// What the guest's memory took at least.
+    pub(super) floor_mb: Option<Spread>,
     pub(super) total_s: Option<Spread>,
     pub(super) downtime_ms: Option<Spread>,
     pub(super) progress: Option<Spread>,
@@ -103,6 +107,7 @@ impl Row {
             rounds: runs.len(),
             converged: runs.iter().filter(|run| run.converged).count(),
             wire_mb: spread(|run| Some(run.wire_bytes as f64 / 1e6)),
+            floor_mb: spread(|run| Some(run.floor_bytes? as f64 / 1e6)),
             total_s: spread(|run| Some(run.total_ms / 1e3)),
             downtime_ms: spread(|run| run.downtime_ms),
             progress: spread(|run| run.guest_progress_ratio),
@@ -180,6 +185,12 @@ impl Group {
             .filter_map(|(metric, share)| self.against_best(godwit, metric, *share))
             .collect();
         let alone = |target| Verdict { target, limited: godwit.is_limited() };
+        if let Some(floor) = godwit.floor_mb.filter(|_| self.is_judged_by_share()) {
+            let text =
+                format!("bytes on the wire: at most {FLOOR_SHARE} of the floor, {:.1} MB", floor.median);
+            let value = WIRE.median(godwit).map(|own| own / floor.median);
+            verdicts.push(alone(Target::at_most(FLOOR_SHARE, value, text)));
+        }
         if self.link.round_trip_ms == PAUSE_ROUND_TRIP_MS {
             let limit = (PAUSE_ROUND_TRIP_MS + PAUSE_OVER_ROUND_TRIP_MS) as f64;
             let text = format!("downtime, ms: at most one round trip + {PAUSE_OVER_ROUND_TRIP_MS}");
@@ -194,11 +205,15 @@ impl Group {
     fn shares(&self) -> Vec<(Metric, f64)> {
         if self.link.rate_mbit >= FAST_LINK_MBIT {
             vec![(TOTAL, 1.0), (DOWNTIME, 1.0)]
-        } else if JUDGED_BY_SHARE.contains(&self.workload.as_str()) {
+        } else if self.is_judged_by_share() {
             vec![(WIRE, WIRE_SHARE), (TOTAL, TOTAL_SHARE), (DOWNTIME, DOWNTIME_SHARE)]
         } else {
             Vec::new()
         }
+    }
+
+    fn is_judged_by_share(&self) -> bool {
+        JUDGED_BY_SHARE.contains(&self.workload.as_str())
     }
 
     /// `None`: there is nobody to be held against.
@@ -323,9 +338,9 @@ pub(super) mod tests {
         let summary = summary(&runs);
         let verdicts = summary.groups[0].verdicts();
         let values: Vec<f64> = verdicts.iter().map(|verdict| verdict.target.value.unwrap()).collect();
-        assert_eq!(values, [160.0 / 300.0, 160.0 / 300.0, 160.0 / 300.0, 160.0, 0.99]);
-        assert_eq!(verdicts[4].to_string(), "met");
-        assert!(verdicts[..4].iter().all(|verdict| verdict.to_string() == "NOT MET"));
+        assert_eq!(values, [160.0 / 300.0, 160.0 / 300.0, 160.0 / 300.0, 160.0 / 90.0, 160.0, 0.99]);
+        assert_eq!(verdicts[5].to_string(), "met");
+        assert!(verdicts[..5].iter().all(|verdict| verdict.to_string() == "NOT MET"));
         let better = summary.groups[0].better();
         assert_eq!(better[0], "qemu-postcopy: bytes on the wire 10.0 MB, godwit 160.0 MB");
         assert_eq!(better.len(), 3);
@@ -340,7 +355,7 @@ pub(super) mod tests {
             .for_each(|run| run.busy_share = Some(0.8));
         let verdicts = summary(&runs).groups[0].verdicts();
         let judged: Vec<bool> = verdicts.iter().map(|verdict| !verdict.limited).collect();
-        assert_eq!(judged, [false, false, false, true, true]);
+        assert_eq!(judged, [false, false, false, true, true, true]);
     }
 
     #[test]

@@ -38,6 +38,9 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     outcome.predicted = prediction(&report);
     let inside = report["total_ms"].as_u64().unwrap_or(0);
     println!("  by its own account {:.1} s", inside as f64 / 1e3);
+    if stage.finds_floor {
+        outcome.floor_bytes = Some(hosts.b.memory_floor()?);
+    }
     println!("  {}", watch.check()?);
     if stage.compares_memories {
         outcome.memory_digest_equal = Some(compare_memories(stage, &hosts, &watch)?);

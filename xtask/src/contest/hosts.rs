@@ -18,7 +18,7 @@ use nix::{
 };
 use serde_json::Value;
 
-use super::{GUEST_MEMORY_MB, Stage};
+use super::{GUEST_MEMORY_MB, Stage, floor};
 
 /// The one machine.
 pub(crate) const MACHINE: &str = "web1";
@@ -58,6 +58,13 @@ impl Host {
         let worker = written["pid"].as_i64().and_then(|pid| pid.try_into().ok()).context("no worker")?;
         kill(Pid::from_raw(worker), Signal::SIGKILL).context("cannot kill the worker")?;
         Ok(worker)
+    }
+
+    /// What the memory of the machine here takes at least.
+    pub(super) fn memory_floor(&self) -> Result<u64> {
+        // Agent and workers have the other monitor, and are through with this one.
+        let monitor = self.directory.join("state/machines").join(MACHINE).join("qmp-migration.sock");
+        floor::of_guest(&monitor, &self.directory)
     }
 
     /// What the host keeps of a migration.

@@ -6,6 +6,7 @@ use godwit_sim::{guest_image::GuestImage, lab::Lab};
 
 mod contender;
 pub(crate) mod cores;
+pub(crate) mod floor;
 mod godwit;
 pub(crate) mod hosts;
 mod outcome;
@@ -40,6 +41,8 @@ pub(crate) struct Stage<'a> {
     pub(crate) patience: u32,
     /// godwit moves the guest back, no longer timed, and both memories are compared.
     pub(crate) compares_memories: bool,
+    /// The floor of the guest's memory is worked out where godwit has moved it.
+    pub(crate) finds_floor: bool,
 }
 
 /// What the guest does.

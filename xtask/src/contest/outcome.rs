@@ -28,6 +28,9 @@ pub(crate) struct Outcome {
     /// When it was under way.
     #[serde(skip)]
     pub(crate) span: Span,
+    /// What the guest's memory takes at least, see [`super::floor`].
+    #[serde(skip)]
+    pub(crate) floor_bytes: Option<u64>,
     /// What it said it would be, before it sent anything.
     #[serde(skip)]
     pub(crate) predicted: Prediction,

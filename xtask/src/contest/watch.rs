@@ -73,6 +73,7 @@ impl<'a> Watch<'a> {
             memory_digest_equal: None,
             largest_beat_gap: self.beat.largest_gap(span.started, span.ended + AFTER / 2),
             span,
+            floor_bytes: None,
             predicted: Prediction::default(),
         })
     }

@@ -89,6 +89,7 @@ mod tests {
             memory_digest_equal: None,
             largest_beat_gap: Duration::from_millis(12),
             span: Span { started: SystemTime::UNIX_EPOCH, ended: SystemTime::UNIX_EPOCH },
+            floor_bytes: None,
             predicted: Prediction::default(),
         }
     }
