@@ -55,6 +55,9 @@ pub(crate) struct Request {
     /// Only medium, godwit and QEMU's best two; links of many rates and round trips (hours).
     #[arg(long, conflicts_with_all = ["quick", "rate", "round_trip"])]
     sweep: bool,
+    /// Only medium; godwit with each technique alone, and with each left out.
+    #[arg(long, conflicts_with_all = ["quick", "sweep"])]
+    techniques: bool,
     /// Only these contenders.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     contenders: Vec<String>,
@@ -89,7 +92,7 @@ impl Request {
     fn is_full(&self) -> bool {
         let chosen =
             !self.contenders.is_empty() || !self.workloads.is_empty() || self.guest_command.is_some();
-        !(self.quick || self.sweep || chosen)
+        !(self.quick || self.sweep || self.techniques || chosen)
     }
 }
 

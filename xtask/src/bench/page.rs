@@ -38,7 +38,6 @@ const UNMEASURED: &str = "\
 - an unlimited link against QEMU with its own TLS\n\
 - several guests at once, with one cache across guests\n\
 - real programs as guests, with response times (`--guest-command` runs what the image has)\n\
-- each of godwit's techniques alone and removed\n\
 - QEMU 7.2, and KVM\n";
 
 /// Under what circumstances the runs were made.
@@ -58,7 +57,9 @@ pub(super) struct Circumstances {
 impl Circumstances {
     pub(super) fn of(request: &Request, plan: &Plan, runs: &[Run], guest_has_core: bool) -> Circumstances {
         let mut command = "cargo xtask bench migrate".to_owned();
-        for (flag, is_set) in [(" --quick", request.quick), (" --sweep", request.sweep)] {
+        for (flag, is_set) in
+            [(" --quick", request.quick), (" --sweep", request.sweep), (" --techniques", request.techniques)]
+        {
             command.push_str(if is_set { flag } else { "" });
         }
         let commits: BTreeSet<&str> = runs.iter().map(|run| run.commit.as_str()).collect();

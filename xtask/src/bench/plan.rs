@@ -10,7 +10,7 @@ use crate::contest::{Contender, GODWIT};
 /// All that a full bench runs.
 const WORKLOADS: [&str; 5] = ["idle", "light", "medium", "heavy", "harsh"];
 const QUICK_WORKLOADS: [&str; 2] = ["medium", "heavy"];
-const SWEEP_WORKLOADS: [&str; 1] = ["medium"];
+const ONLY_MEDIUM: [&str; 1] = ["medium"];
 /// godwit, and QEMU's best two in bytes and time.
 const BEST: [&str; 3] = [GODWIT, "qemu-xbzrle", "qemu-multifd-zstd"];
 const SWEEP_RATES_MBIT: [u64; 4] = [50, 100, 300, 1_000];
@@ -63,6 +63,9 @@ impl Plan {
         let contenders = match request.contenders.iter().map(String::as_str).collect::<Vec<_>>() {
             chosen if !chosen.is_empty() => chosen,
             _ if request.quick || request.sweep => BEST.to_vec(),
+            _ if request.techniques => {
+                [GODWIT].into_iter().chain(Contender::techniques().map(|contender| contender.name)).collect()
+            }
             _ => all,
         };
         Ok(Plan {
@@ -118,7 +121,7 @@ fn workloads(request: &Request) -> Result<Vec<String>> {
     Ok(match request {
         _ if !request.workloads.is_empty() => request.workloads.clone(),
         Request { quick: true, .. } => owned(&QUICK_WORKLOADS),
-        Request { sweep: true, .. } => owned(&SWEEP_WORKLOADS),
+        Request { sweep: true, .. } | Request { techniques: true, .. } => owned(&ONLY_MEDIUM),
         _ => owned(&WORKLOADS),
     })
 }
@@ -167,6 +170,7 @@ mod tests {
         let plan_of_one = plan(&["--contenders", "qemu-postcopy", "--workloads", "light", "--rounds", "1"]);
         assert_eq!(plan_of_one.unwrap().turns().len(), 1);
         assert_eq!(plan(&["--sweep"]).unwrap().turns().len(), 16 * 3 * 3);
+        assert_eq!(plan(&["--techniques"]).unwrap().turns().len(), 11 * 3);
         assert_eq!(plan(&["--guest-command", "ls"]).unwrap().workloads, ["command"]);
         let too_long = "x".repeat(MAX_COMMAND_BYTES + 1);
         for wrong in [

@@ -38,10 +38,44 @@ const ALL: [Contender; 13] = [
     Contender { name: "qemu-postcopy", means: Means::Qemu(plain_qemu::POSTCOPY) },
 ];
 
+/// godwit with each technique alone, and with each left out (CloudNet, Figure 6.9).
+const TECHNIQUES: [Contender; 10] = [
+    Contender {
+        name: "godwit-zero-alone",
+        means: Means::Godwit(&["--without", "reference,sub-block,delta,compress"]),
+    },
+    Contender {
+        name: "godwit-reference-alone",
+        means: Means::Godwit(&["--without", "zero,sub-block,delta,compress"]),
+    },
+    Contender {
+        name: "godwit-sub-block-alone",
+        means: Means::Godwit(&["--without", "zero,reference,delta,compress"]),
+    },
+    Contender {
+        name: "godwit-delta-alone",
+        means: Means::Godwit(&["--without", "zero,reference,sub-block,compress"]),
+    },
+    Contender {
+        name: "godwit-compress-alone",
+        means: Means::Godwit(&["--without", "zero,reference,sub-block,delta"]),
+    },
+    Contender { name: "godwit-no-zero", means: Means::Godwit(&["--without", "zero"]) },
+    Contender { name: "godwit-no-reference", means: Means::Godwit(&["--without", "reference"]) },
+    Contender { name: "godwit-no-sub-block", means: Means::Godwit(&["--without", "sub-block"]) },
+    Contender { name: "godwit-no-delta", means: Means::Godwit(&["--without", "delta"]) },
+    Contender { name: "godwit-no-compress", means: Means::Godwit(&["--without", "compress"]) },
+];
+
 impl Contender {
-    /// Everybody, in the order in which tables list them.
+    /// Everybody but the techniques, in the order in which tables list them.
     pub(crate) fn all() -> impl Iterator<Item = &'static Contender> {
         const { &ALL }.iter()
+    }
+
+    /// godwit's techniques, each alone and each left out.
+    pub(crate) fn techniques() -> impl Iterator<Item = &'static Contender> {
+        const { &TECHNIQUES }.iter()
     }
 
     /// The contender of that name.
@@ -49,10 +83,11 @@ impl Contender {
     /// # Errors
     /// When there is none; names those there are.
     pub(crate) fn named(name: &str) -> Result<&'static Contender> {
-        match Contender::all().find(|contender| contender.name == name) {
+        let everybody = || Contender::all().chain(Contender::techniques());
+        match everybody().find(|contender| contender.name == name) {
             Some(contender) => Ok(contender),
             None => {
-                let names: Vec<&str> = Contender::all().map(|contender| contender.name).collect();
+                let names: Vec<&str> = everybody().map(|contender| contender.name).collect();
                 bail!("no contender {name}; there are {}", names.join(", "))
             }
         }
@@ -98,8 +133,9 @@ mod tests {
 
     #[test]
     fn contenders_are_found_by_names_that_differ() {
-        let names: BTreeSet<&str> = Contender::all().map(|contender| contender.name).collect();
-        assert_eq!(names.len(), ALL.len());
+        let everybody = Contender::all().chain(Contender::techniques());
+        let names: BTreeSet<&str> = everybody.map(|contender| contender.name).collect();
+        assert_eq!(names.len(), ALL.len() + TECHNIQUES.len());
         assert!(Contender::named(GODWIT).unwrap().is_godwit());
         assert!(Contender::named("qemu-postcopy").unwrap().is_postcopy());
         assert!(Contender::named("xen").unwrap_err().to_string().contains("qemu-xbzrle"));
