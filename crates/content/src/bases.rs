@@ -1,8 +1,7 @@
 //! The source's only cache: what was last sent, found by content first and by id second (CloudNet, 6.4.2.3).
 //!
-//! Which blocks stay is decided by what they are worth as bases of deltas. Cold blocks go first, the oldest before the
-//! others: the longer a block hasn't been written since it was sent, the less likely it ever will be. Hot blocks replace
-//! cold ones. Among hot blocks alone, a newcomer doesn't simply displace the oldest: hot blocks
+//! Which blocks stay is decided by what they are worth as bases of deltas. Cold blocks fill free room and go first.
+//! Hot blocks replace cold ones. Among hot blocks alone, a newcomer doesn't simply displace the oldest: hot blocks
 //! are sent in sweeps, and if the sweep is longer than the cache, first-in-first-out and least-recently-used both
 //! drop every block just before it comes round again. So each block earns credit when it is sent again, each
 //! newcomer that finds no room takes one credit from the block at the front instead of its place, and only a block
@@ -152,7 +151,8 @@ impl Bases {
     fn admit(&mut self, version: BlockVersion) -> Option<u32> {
         let slot = match self.queues.front(Queue::Free) {
             Some(slot) => slot,
-            None => self.evict(version.hot)?,
+            None if version.hot => self.evict()?,
+            None => return None,
         };
         self.owners[slot as usize] = version.id.0;
         self.by_id.insert_unique(hash(version.id.0), slot, |slot| hash(self.owners[*slot as usize]));
@@ -160,10 +160,9 @@ impl Bases {
         Some(slot)
     }
 
-    /// Makes room for a block, or takes a credit from the hot one that stays.
-    fn evict(&mut self, for_hot: bool) -> Option<u32> {
-        let hot = || self.queues.front(Queue::Hot).filter(|_| for_hot);
-        let slot = self.queues.front(Queue::Cold).or_else(hot)?;
+    /// Makes room for a hot block, or takes a credit from the one that stays.
+    fn evict(&mut self) -> Option<u32> {
+        let slot = self.queues.front(Queue::Cold).or_else(|| self.queues.front(Queue::Hot))?;
         if self.queues.queue_of(slot) == Queue::Hot && self.credits[slot as usize] > 0 {
             self.credits[slot as usize] -= 1;
             self.queues.move_to_back(slot, Queue::Hot);
@@ -249,17 +248,15 @@ mod tests {
     }
 
     #[test]
-    fn cold_blocks_leave_first_and_take_no_hot_one_s_room() {
+    fn cold_blocks_take_free_room_only_and_leave_first() {
         let mut bases = bases(3);
         (0..5).for_each(|id| keep(&mut bases, id, false));
-        assert_eq!(kept(&bases, 0..5), [2, 3, 4]);
+        assert_eq!(kept(&bases, 0..5), [0, 1, 2]);
         keep(&mut bases, 9, true);
-        assert_eq!(kept(&bases, 0..10), [3, 4, 9]);
-        keep(&mut bases, 3, true);
+        assert_eq!(kept(&bases, 0..10), [1, 2, 9]);
+        keep(&mut bases, 1, true);
         keep(&mut bases, 8, true);
-        assert_eq!(kept(&bases, 0..10), [3, 8, 9]);
-        (10..20).for_each(|id| keep(&mut bases, id, false));
-        assert_eq!(kept(&bases, 0..20), [3, 8, 9]);
+        assert_eq!(kept(&bases, 0..10), [1, 8, 9]);
     }
 
     #[test]
