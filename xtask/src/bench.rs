@@ -7,11 +7,11 @@
 //! Contenders take turns, so that a machine that becomes slower does so for all of them. A turn that broke is told and
 //! left out; the ledger keeps those that are done, and a bench that is started again does the rest.
 
-use std::{path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use anyhow::{Result, bail};
 use godwit_sim::{
-    guest_image::{GuestImage, workspace},
+    guest_image::{GuestImage, Program, workspace},
     lab::Lab,
     link::Shape,
 };
@@ -61,7 +61,7 @@ pub(crate) struct Request {
     /// Only these contenders.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     contenders: Vec<String>,
-    /// Only these workloads: idle, light, medium, heavy, harsh.
+    /// Only these workloads: idle, light, medium, heavy, harsh; real programs: sqlite, redis, compress, web.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     workloads: Vec<String>,
     /// How often everybody has a turn.
@@ -73,7 +73,8 @@ pub(crate) struct Request {
     /// Round trip of the link, milliseconds.
     #[arg(long, default_value_t = 20)]
     round_trip: u64,
-    /// Run this in the guest instead of a workload, again and again (a shell's command); its progress is that of a beat.
+    /// Run this in the guest instead of a workload, again and again (a shell's command); its progress is the lines that it
+    /// prints, else that of a beat.
     #[arg(long, value_name = "CMD", conflicts_with_all = ["workloads", "sweep"])]
     guest_command: Option<String>,
     /// Keep the runs in this file; those that are in it already aren't run again.
@@ -105,12 +106,14 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     let plan = Plan::of(request)?;
     setup::run()?;
     let image = GuestImage::ensure()?;
+    let program_images = program_images(&plan, &image)?;
     let godwit = match &request.binary {
         Some(binary) => binary.clone(),
         None if plan.has_godwit() => product::build(&["--release"])?,
         None => PathBuf::new(),
     };
-    let arena = Arena { image, godwit, cores: Cores::reserve()?, commit: provenance::commit()? };
+    let (cores, commit) = (Cores::reserve()?, provenance::commit()?);
+    let arena = Arena { image, program_images, godwit, cores, commit };
     let mut ledger = Ledger::open(request.json.as_deref())?;
     let broken = arena.carry_out(&plan, &mut ledger)?;
     let summary = Summary::of(&plan, ledger.runs());
@@ -126,9 +129,18 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     Ok(())
 }
 
+/// The guests of the plan's real programs, by the programs' names.
+fn program_images(plan: &Plan, image: &GuestImage) -> Result<BTreeMap<&'static str, GuestImage>> {
+    if plan.programs().next().is_some() {
+        setup::fetch_programs()?;
+    }
+    plan.programs().map(|program| Ok((program.name, image.with_program(program)?))).collect()
+}
+
 /// Where all turns take place.
 struct Arena {
     image: GuestImage,
+    program_images: BTreeMap<&'static str, GuestImage>,
     godwit: PathBuf,
     cores: Option<Cores>,
     commit: String,
@@ -164,10 +176,11 @@ impl Arena {
         let patience = USUAL_RATE_MBIT.div_ceil(turn.link.rate_mbit.max(1)).try_into().unwrap_or(u32::MAX);
         let stage = Stage {
             lab: &lab,
-            image: &self.image,
-            load: match &turn.guest_command {
-                Some(command) => Load::Command(command),
-                None => Load::Workload(&turn.workload),
+            image: self.program_images.get(turn.workload.as_str()).unwrap_or(&self.image),
+            load: match (&turn.guest_command, Program::named(&turn.workload)) {
+                (Some(command), _) => Load::Command(command),
+                (None, Some(program)) => Load::Program(program),
+                (None, None) => Load::Workload(&turn.workload),
             },
             migrate: &[],
             godwit: &self.godwit,

@@ -1,7 +1,7 @@
 //! Brings what is missing on a machine that has only Rust and apt.
 //!
 //! QEMU 10 comes from the release itself or its backports, the guest's kernel is downloaded and unpacked but not
-//! installed. Lists of packages are kept apart from the machine's own, whose configuration stays as it is.
+//! installed, and so are the programs that benches run in guests. Lists of packages are kept apart from the machine's own, whose configuration stays as it is.
 
 use std::{
     fs::File,
@@ -11,9 +11,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use godwit_sim::guest_image;
+use godwit_sim::guest_image::{self, PROGRAMS, Program};
 
 mod apt;
+mod programs;
 mod sources;
 
 use apt::Apt;
@@ -71,18 +72,28 @@ pub(crate) fn run() -> Result<()> {
 }
 
 fn fetch_kernel(apt: &Apt) -> Result<()> {
-    let kernel = guest_image::kernel_directory();
     let package = apt.dependency_of(KERNEL_PACKAGE)?;
     eprintln!("fetching the guests' kernel, {package}");
-    let file = apt.download(&package)?;
-    let unfinished = kernel.with_extension("unfinished");
-    std::fs::create_dir_all(&unfinished)?;
-    let unpacked =
-        Command::new("dpkg").arg("-x").arg(&file).arg(&unfinished).status().context("cannot run dpkg")?;
-    if !unpacked.success() {
-        bail!("dpkg -x {} failed", file.display());
+    apt.unpack(&[&package], &guest_image::kernel_directory())
+}
+
+/// Fetches the programs that guests run as their load, with their libraries; returns at once when they are there.
+///
+/// # Errors
+/// Whatever apt says.
+pub(crate) fn fetch_programs() -> Result<()> {
+    if PROGRAMS.iter().all(Program::is_unpacked) {
+        return Ok(());
     }
-    std::fs::rename(&unfinished, &kernel).context("cannot put the guests' kernel in its place")
+    let directory = guest_image::packages_directory();
+    if directory.exists() {
+        std::fs::remove_dir_all(&directory).context("cannot remove an older set of programs")?;
+    }
+    let apt = Apt::new()?;
+    let packages = apt.with_libraries(&PROGRAMS.map(|program| program.package))?;
+    let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
+    eprintln!("fetching programs for guests: {}", packages.join(" "));
+    apt.unpack(&packages, &directory)
 }
 
 fn has_qemu() -> bool {

@@ -9,12 +9,13 @@
 //! | `address=A.B.C.D` | the guest's address, 24 bits of prefix |
 //! | `observer=A.B.C.D:PORT` | where the beat goes; none without it |
 //! | `seed=N` | what is written, and where, follows from it |
-//! | `command=HEX` | a shell's command, as hexadecimal bytes since it may have blanks, run again and again |
+//! | `command=HEX` | a shell's command, as hexadecimal bytes since it may have blanks, run again and again; each line that it prints counts like a write |
 //!
 //! It knows nothing of migrations, may use nothing of the product, and must not catch up: time that a migration took
 //! from it is to show as writes that were never made.
 
 mod boot;
+mod command;
 mod power;
 mod random;
 mod service;
@@ -23,7 +24,7 @@ mod workload;
 use std::{
     net::{Ipv4Addr, SocketAddr},
     process::Command,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, atomic::AtomicU64},
     time::Duration,
 };
 
@@ -42,11 +43,12 @@ fn main() {
         Workload::IDLE
     });
     let set = Arc::new(Mutex::new(WorkingSet::fill(workload, order.seed)));
+    let work = Arc::new(AtomicU64::new(0));
     if networked {
-        service::start(&set, order.observer);
+        service::start(&set, &work, order.observer);
     }
     if let Some(command) = order.command {
-        std::thread::spawn(move || keep_running(&command));
+        std::thread::spawn(move || command::keep_running(&command, &work));
     }
     let pace = Arc::clone(&set);
     std::thread::spawn(move || service::keep_pace(&pace, workload));
@@ -85,19 +87,6 @@ fn from_hexadecimal(text: &str) -> Option<String> {
     let bytes =
         digits?.chunks(2).map(|pair| pair.iter().fold(0, |byte, digit| byte * 16 + *digit as u8)).collect();
     String::from_utf8(bytes).ok()
-}
-
-/// Runs a command, and again when it ends.
-fn keep_running(command: &str) -> ! {
-    loop {
-        match Command::new("/bin/sh").args(["-c", command]).status() {
-            Ok(status) if status.success() => {}
-            ended => {
-                eprintln!("{command}: {ended:?}");
-                std::thread::sleep(Duration::from_secs(1));
-            }
-        }
-    }
 }
 
 /// Keeps a shell on the console. Process 1 may not end.

@@ -3,7 +3,10 @@
 use std::{
     io::{BufRead, BufReader, Write},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -19,12 +22,12 @@ const TICK: Duration = Duration::from_millis(10);
 /// Writes between two looks at who else wants the working set, where the workload has no pace.
 const UNPACED_WRITES: usize = 256;
 
-/// Serves the counter at [`PORT`], and sends a beat to `observer`: a sequence number and the number of this boot, 64 bits
-/// each, little-endian.
-pub(crate) fn start(set: &Arc<Mutex<WorkingSet>>, observer: Option<SocketAddr>) {
-    let served = Arc::clone(set);
+/// Serves the counter at [`PORT`], of writes to `set` and `work` of a command together, and sends a beat to `observer`: a
+/// sequence number and the number of this boot, 64 bits each, little-endian.
+pub(crate) fn start(set: &Arc<Mutex<WorkingSet>>, work: &Arc<AtomicU64>, observer: Option<SocketAddr>) {
+    let (set, work) = (Arc::clone(set), Arc::clone(work));
     std::thread::spawn(move || match TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT)) {
-        Ok(listener) => listener.incoming().flatten().for_each(|client| attend(client, &served)),
+        Ok(listener) => listener.incoming().flatten().for_each(|client| attend(client, &set, &work)),
         Err(error) => eprintln!("cannot listen: {error}"),
     });
     if let Some(observer) = observer {
@@ -55,14 +58,14 @@ fn lock(set: &Mutex<WorkingSet>) -> MutexGuard<'_, WorkingSet> {
     set.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn attend(client: TcpStream, set: &Arc<Mutex<WorkingSet>>) {
+fn attend(client: TcpStream, set: &Arc<Mutex<WorkingSet>>, work: &Arc<AtomicU64>) {
     let Ok(reader) = client.try_clone() else { return };
-    let (counted, checked) = (Arc::clone(set), Arc::clone(set));
+    let (counted, checked, work) = (Arc::clone(set), Arc::clone(set), Arc::clone(work));
     std::thread::spawn(move || {
         let mut writer = client;
         each_tick(|| {
-            let writes = lock(&counted).writes();
-            writer.write_all(format!("{writes}\n").as_bytes()).is_ok()
+            let count = lock(&counted).writes() + work.load(Ordering::Relaxed);
+            writer.write_all(format!("{count}\n").as_bytes()).is_ok()
         });
     });
     std::thread::spawn(move || answer_checks(reader, &checked));

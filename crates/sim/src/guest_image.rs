@@ -2,7 +2,8 @@
 //!
 //! The kernel is the distribution's cloud kernel, unpacked (not installed) under `target/guest/kernel` by
 //! `cargo xtask setup`. The initramfs holds `godwit-guest` as process 1, busybox, and the virtio drivers with all they
-//! need, and is kept under a name made from what went into it.
+//! need, and is kept under a name made from what went into it. For guests that run a real program there is more, see
+//! [`Program`].
 
 use std::{
     ffi::OsStr,
@@ -12,12 +13,14 @@ use std::{
 };
 
 use thiserror::Error;
-use xxhash_rust::xxh3::Xxh3;
+use xxhash_rust::xxh3::{Xxh3, xxh3_64};
 
 mod modules;
 mod newc;
+mod programs;
 
 use newc::Archive;
+pub use programs::{PROGRAMS, Program, packages_directory};
 
 const BUSYBOX: &str = "/bin/busybox";
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -43,6 +46,14 @@ pub enum GuestImageError {
     /// The kernel's package has other drivers than expected.
     #[error("the guest kernel has no module {0}")]
     NoModule(String),
+    /// A program's packages lack something, or aren't unpacked.
+    #[error("the guests' packages have no {library}, which {program} needs")]
+    NoLibrary {
+        /// Who needs it.
+        program: String,
+        /// What.
+        library: String,
+    },
     /// The guest's program couldn't be built.
     #[error("building godwit-guest failed: {0}")]
     Build(String),
@@ -73,12 +84,23 @@ impl GuestImage {
         let directory = directory();
         let initrd = directory.join(format!("initrd-{:016x}", fingerprint(&kernel)?));
         if !initrd.exists() {
-            let bytes = build(&kernel)?;
-            let unfinished = directory.join(format!("initrd-unfinished-{}", std::process::id()));
-            std::fs::write(&unfinished, bytes).map_err(GuestImageError::io(&unfinished))?;
-            std::fs::rename(&unfinished, &initrd).map_err(GuestImageError::io(&initrd))?;
+            keep(&initrd, &build(&kernel)?)?;
         }
         Ok(GuestImage { kernel, initrd })
+    }
+
+    /// The same guest with a real program, whose packages must be unpacked; [`Program::command`] starts it.
+    ///
+    /// # Errors
+    /// When the packages lack something, or a file can't be read or written.
+    pub fn with_program(&self, program: &Program) -> Result<GuestImage, GuestImageError> {
+        let mut bytes = std::fs::read(&self.initrd).map_err(GuestImageError::io(&self.initrd))?;
+        bytes.extend(program.archive()?);
+        let initrd = directory().join(format!("initrd-{}-{:016x}", program.name, xxh3_64(&bytes)));
+        if !initrd.exists() {
+            keep(&initrd, &bytes)?;
+        }
+        Ok(GuestImage { kernel: self.kernel.clone(), initrd })
     }
 
     /// A kernel command line: the workload (see the guest's own page), its address, and where its beat goes.
@@ -98,7 +120,7 @@ impl GuestImage {
     }
 
     /// What to add to the kernel command line, which has room for 2,048 bytes in all, to have the guest run a shell's command
-    /// again and again.
+    /// again and again. Each line that it prints counts like a write.
     ///
     /// ```
     /// # use godwit_sim::guest_image::GuestImage;
@@ -108,6 +130,13 @@ impl GuestImage {
         let digits: String = command.bytes().map(|byte| format!("{byte:02x}")).collect();
         format!(" command={digits}")
     }
+}
+
+/// Writes a file that is there as a whole or not at all.
+fn keep(path: &Path, bytes: &[u8]) -> Result<(), GuestImageError> {
+    let unfinished = path.with_file_name(format!("initrd-unfinished-{}", std::process::id()));
+    std::fs::write(&unfinished, bytes).map_err(GuestImageError::io(&unfinished))?;
+    std::fs::rename(&unfinished, path).map_err(GuestImageError::io(path))
 }
 
 /// Where guests' kernels and images are kept.

@@ -26,3 +26,4 @@ pub mod qmp;
 pub mod relay;
 pub mod simulator;
 pub mod tap;
+pub mod web_client;

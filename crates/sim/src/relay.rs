@@ -219,8 +219,9 @@ impl Shell {
     }
 }
 
-/// Has util-linux move the calling thread to SCHED_FIFO. Where that isn't permitted, the link is only less punctual.
-fn rise_to_real_time() {
+/// Has util-linux move the calling thread, and those it starts, to SCHED_FIFO. Where that isn't permitted, it is only less
+/// punctual.
+pub(crate) fn rise_to_real_time() {
     let thread = nix::unistd::gettid().to_string();
     let mut command = Command::new("chrt");
     command

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Link, Turn};
-use crate::contest::{GUEST_MEMORY_MB, Outcome, cores::Busy};
+use crate::contest::{GUEST_MEMORY_MB, Outcome, Responses, cores::Busy};
 
 /// One migration, as `--json` has it. What wasn't measured or forecast is null.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -36,6 +36,9 @@ pub(super) struct Run {
     /// What the guest's memory took at least when it had been moved: godwit's runs only.
     #[serde(default)]
     pub(super) floor_bytes: Option<u64>,
+    /// What the guest's web server's clients saw.
+    #[serde(default)]
+    pub(super) responses: Option<Responses>,
     pub(super) predicted_total_ms: Option<u64>,
     pub(super) predicted_wire_bytes: Option<u64>,
     /// What the emulated link used of a core.
@@ -66,6 +69,7 @@ impl Run {
             guest_progress_ratio: outcome.guest_progress_ratio,
             beat_gap_ms: outcome.largest_beat_gap.as_secs_f64() * 1e3,
             floor_bytes: outcome.floor_bytes,
+            responses: outcome.responses,
             predicted_total_ms: outcome.predicted.total_ms,
             predicted_wire_bytes: outcome.predicted.wire_bytes,
             emulator_cpu_share: busy.map(|busy| busy.emulator),
@@ -166,6 +170,7 @@ pub(super) mod tests {
             guest_progress_ratio: Some(0.99),
             beat_gap_ms: 12.0,
             floor_bytes: Some(90_000_000),
+            responses: None,
             predicted_total_ms: None,
             predicted_wire_bytes: None,
             emulator_cpu_share: Some(0.2),
@@ -192,6 +197,16 @@ pub(super) mod tests {
         assert_eq!(Ledger::open(Some(&path)).unwrap().runs(), ledger.runs());
         std::fs::write(&path, "{}").unwrap();
         assert!(Ledger::open(Some(&path)).is_err());
+    }
+
+    #[test]
+    fn runs_of_before_there_were_floors_and_responses_are_read() {
+        let mut written = serde_json::to_value(run("godwit", "medium", 1, 160)).unwrap();
+        for newer in ["floor_bytes", "responses"] {
+            assert!(written.as_object_mut().unwrap().remove(newer).is_some());
+        }
+        let read: Run = serde_json::from_value(written).unwrap();
+        assert_eq!((read.wire_bytes, read.floor_bytes, read.responses), (160_000_000, None, None));
     }
 
     #[test]

@@ -22,8 +22,11 @@ const MEANING: &str = "\
 *Wire MB*: both directions, Ethernet headers included. *Total*: from the request until the guest runs at the target with \
 all its memory. *Downtime*: STOP at the source to RESUME at the target, by the events of both QEMUs. *Beat gap*: the longest \
 silence in the guest's beat of 10 ms, as a client heard it. *Guest progress*: the guest's writes a second during all of \
-that, the pause included, over those of the five seconds before; for `idle` and a guest's command, which don't count \
-writes, beats take their place, which says how long the guest stood still but not how fast it was. *Forecast off by*: \
+that, the pause included, over those of the five seconds before; real programs count what they do instead (transactions, \
+changes, 32 KB compressed, answers). Where nothing is counted, as in `idle`, beats take their place, which says how long \
+the guest stood still but not how fast it was. *Responses*: a client asks the web server for a page every 10 ms, each time \
+over a new connection; the pause is the longest silence of the beat, and what was under way then is left out of the \
+percentile. *Forecast off by*: \
 median error of what was forecast before the first byte. *Floor*: the different pages of the moved guest's memory, zeros left \
 out, by zstd at the level with which godwit begins, 64 KiB at a time, worked out when the guest had arrived. *Emulator CPU*: \
 what the emulated link used of a core. *Busy*: what \
@@ -37,7 +40,6 @@ nobody that pre-copy is held against.\n";
 const UNMEASURED: &str = "\
 - an unlimited link against QEMU with its own TLS\n\
 - several guests at once, with one cache across guests\n\
-- real programs as guests, with response times (`--guest-command` runs what the image has)\n\
 - QEMU 7.2, and KVM\n";
 
 /// Under what circumstances the runs were made.
@@ -141,6 +143,11 @@ fn section(group: &Group) -> String {
     group.rows.iter().for_each(|row| text.push_str(&line(&cells(row))));
     if let Some(disturbance) = group.disturbance() {
         text.push_str(&format!("\n**Beware:** {disturbance}.\n"));
+    }
+    let responses = group.responses();
+    if !responses.is_empty() {
+        text.push('\n');
+        responses.iter().for_each(|line| text.push_str(&format!("- {line}\n")));
     }
     let verdicts = group.verdicts();
     if !verdicts.is_empty() {

@@ -3,11 +3,12 @@
 use std::fmt;
 
 use anyhow::{Result, bail};
+use godwit_sim::guest_image::{PROGRAMS, Program};
 
 use super::Request;
 use crate::contest::{Contender, GODWIT};
 
-/// All that a full bench runs.
+/// What a full bench runs before the real programs.
 const WORKLOADS: [&str; 5] = ["idle", "light", "medium", "heavy", "harsh"];
 const QUICK_WORKLOADS: [&str; 2] = ["medium", "heavy"];
 const ONLY_MEDIUM: [&str; 1] = ["medium"];
@@ -82,6 +83,11 @@ impl Plan {
         self.contenders.iter().any(|contender| contender.is_godwit())
     }
 
+    /// The real programs among the workloads.
+    pub(super) fn programs(&self) -> impl Iterator<Item = &'static Program> {
+        self.workloads.iter().filter_map(|name| Program::named(name))
+    }
+
     /// All turns in their order: one of everybody, then the next round.
     pub(super) fn turns(&self) -> Vec<Turn> {
         let mut turns = Vec::new();
@@ -115,14 +121,15 @@ fn workloads(request: &Request) -> Result<Vec<String>> {
     if request.guest_command.is_some() {
         return Ok(owned(&[GUEST_COMMAND]));
     }
-    if let Some(unknown) = request.workloads.iter().find(|name| !WORKLOADS.contains(&name.as_str())) {
-        bail!("no workload {unknown}; there are {}", WORKLOADS.join(", "));
+    let all: Vec<&str> = WORKLOADS.into_iter().chain(PROGRAMS.map(|program| program.name)).collect();
+    if let Some(unknown) = request.workloads.iter().find(|name| !all.contains(&name.as_str())) {
+        bail!("no workload {unknown}; there are {}", all.join(", "));
     }
     Ok(match request {
         _ if !request.workloads.is_empty() => request.workloads.clone(),
         Request { quick: true, .. } => owned(&QUICK_WORKLOADS),
         Request { sweep: true, .. } | Request { techniques: true, .. } => owned(&ONLY_MEDIUM),
-        _ => owned(&WORKLOADS),
+        _ => owned(&all),
     })
 }
 
@@ -172,6 +179,9 @@ mod tests {
         assert_eq!(plan(&["--sweep"]).unwrap().turns().len(), 16 * 3 * 3);
         assert_eq!(plan(&["--techniques"]).unwrap().turns().len(), 11 * 3);
         assert_eq!(plan(&["--guest-command", "ls"]).unwrap().workloads, ["command"]);
+        let plan_of_all = plan(&[]).unwrap();
+        assert_eq!(plan_of_all.workloads[4..], ["harsh", "sqlite", "redis", "compress", "web"]);
+        assert_eq!(plan_of_all.programs().count(), 4);
         let too_long = "x".repeat(MAX_COMMAND_BYTES + 1);
         for wrong in [
             ["--contenders", "xen"],

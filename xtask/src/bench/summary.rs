@@ -6,7 +6,7 @@ use super::{
     ledger::Run,
     plan::{Link, Plan},
 };
-use crate::contest::{Contender, GODWIT, Target};
+use crate::contest::{Contender, GODWIT, Responses, Target};
 
 /// The workloads on which godwit is held against shares of QEMU's figures.
 const JUDGED_BY_SHARE: [&str; 2] = ["medium", "heavy"];
@@ -20,6 +20,10 @@ const FAST_LINK_MBIT: u64 = 1_000;
 const PAUSE_ROUND_TRIP_MS: u64 = 20;
 const PAUSE_OVER_ROUND_TRIP_MS: u64 = 30;
 const LEAST_PROGRESS: f64 = 0.95;
+/// What a web server's answers may take at the 99th percentile while godwit moves it, outside the pause: as a share of what
+/// they take under QEMU's best, and of what they took before.
+const RESPONSE_SHARE: f64 = 1.0;
+const RESPONSE_SHARE_OF_UNDISTURBED: f64 = 1.25;
 /// What godwit's bytes may be of the least that the guest's memory takes, compressed at rest.
 const FLOOR_SHARE: f64 = 1.1;
 /// The share from which on the machine limits, and not the link.
@@ -46,6 +50,7 @@ pub(super) struct Row {
     pub(super) wire_mb: Option<Spread>,
     /// What the guest's memory took at least.
     pub(super) floor_mb: Option<Spread>,
+    pub(super) responses: Option<RowResponses>,
     pub(super) total_s: Option<Spread>,
     pub(super) downtime_ms: Option<Spread>,
     pub(super) progress: Option<Spread>,
@@ -56,6 +61,17 @@ pub(super) struct Row {
     pub(super) emulator: Option<Spread>,
     pub(super) busy: Option<Spread>,
     pub(super) foreign: Option<Spread>,
+}
+
+/// What a web server's clients saw, milliseconds; see [`Responses`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct RowResponses {
+    pub(super) undisturbed_p50_ms: Spread,
+    pub(super) undisturbed_p99_ms: Spread,
+    pub(super) moving_p99_ms: Spread,
+    pub(super) longest_gap_ms: Spread,
+    /// The 99th percentiles, that during the move as a share of that before, run by run.
+    pub(super) moving_share: Spread,
 }
 
 /// Contenders that did the same.
@@ -108,6 +124,7 @@ impl Row {
             converged: runs.iter().filter(|run| run.converged).count(),
             wire_mb: spread(|run| Some(run.wire_bytes as f64 / 1e6)),
             floor_mb: spread(|run| Some(run.floor_bytes? as f64 / 1e6)),
+            responses: RowResponses::of(runs.iter().filter_map(|run| run.responses)),
             total_s: spread(|run| Some(run.total_ms / 1e3)),
             downtime_ms: spread(|run| run.downtime_ms),
             progress: spread(|run| run.guest_progress_ratio),
@@ -138,6 +155,34 @@ impl Row {
     }
 }
 
+impl RowResponses {
+    /// `None`: no run had any.
+    fn of(responses: impl Iterator<Item = Responses>) -> Option<RowResponses> {
+        let all: Vec<Responses> = responses.collect();
+        let spread = |figure: fn(&Responses) -> f64| Spread::of(all.iter().map(figure));
+        Some(RowResponses {
+            undisturbed_p50_ms: spread(|seen| seen.undisturbed_p50_ms)?,
+            undisturbed_p99_ms: spread(|seen| seen.undisturbed_p99_ms)?,
+            moving_p99_ms: spread(|seen| seen.moving_p99_ms)?,
+            longest_gap_ms: spread(|seen| seen.longest_gap_ms)?,
+            moving_share: spread(|seen| seen.moving_p99_ms / seen.undisturbed_p99_ms)?,
+        })
+    }
+}
+
+impl fmt::Display for RowResponses {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            formatter,
+            "responses in ms: before, p50 {} and p99 {}; while moved, outside the pause, p99 {}; longest gap {}",
+            self.undisturbed_p50_ms.shown(1),
+            self.undisturbed_p99_ms.shown(1),
+            self.moving_p99_ms.shown(1),
+            self.longest_gap_ms.shown(0),
+        )
+    }
+}
+
 /// A figure, by name, with its unit and whether less is better.
 struct Metric {
     name: &'static str,
@@ -160,6 +205,14 @@ const DOWNTIME: Metric =
     Metric { name: "downtime", unit: " ms", decimals: 1, less_is_better: true, of: |row| row.downtime_ms };
 const PROGRESS: Metric =
     Metric { name: "guest progress", unit: "", decimals: 3, less_is_better: false, of: |row| row.progress };
+
+const RESPONSE: Metric = Metric {
+    name: "response at p99 outside the pause",
+    unit: " ms",
+    decimals: 1,
+    less_is_better: true,
+    of: |row| row.responses.map(|responses| responses.moving_p99_ms),
+};
 
 impl Metric {
     fn median(&self, row: &Row) -> Option<f64> {
@@ -195,6 +248,12 @@ impl Group {
             let limit = (PAUSE_ROUND_TRIP_MS + PAUSE_OVER_ROUND_TRIP_MS) as f64;
             let text = format!("downtime, ms: at most one round trip + {PAUSE_OVER_ROUND_TRIP_MS}");
             verdicts.push(alone(Target::at_most(limit, DOWNTIME.median(godwit), text)));
+        }
+        verdicts.extend(self.against_best(godwit, &RESPONSE, RESPONSE_SHARE));
+        if let Some(responses) = godwit.responses {
+            let text = format!("{}: at most {RESPONSE_SHARE_OF_UNDISTURBED} of before", RESPONSE.name);
+            let value = Some(responses.moving_share.median);
+            verdicts.push(alone(Target::at_most(RESPONSE_SHARE_OF_UNDISTURBED, value, text)));
         }
         let text = format!("guest progress: at least {LEAST_PROGRESS}");
         verdicts.push(alone(Target::at_least(LEAST_PROGRESS, PROGRESS.median(godwit), text)));
@@ -239,11 +298,18 @@ impl Group {
         })
     }
 
+    /// What web servers' clients saw, a line for each contender that had some.
+    pub(super) fn responses(&self) -> Vec<String> {
+        let told = |row: &Row| Some(format!("{}: {}", row.contender.name, row.responses?));
+        self.rows.iter().filter_map(told).collect()
+    }
+
     /// Whatever a QEMU alone does better, a line each.
     pub(super) fn better(&self) -> Vec<String> {
         let Some(godwit) = self.godwit() else { return Vec::new() };
         let rivals = self.rows.iter().filter(|row| !row.contender.is_godwit() && row.always_converged());
-        let pairs = rivals.flat_map(|row| [WIRE, TOTAL, DOWNTIME, PROGRESS].map(|metric| (row, metric)));
+        let pairs =
+            rivals.flat_map(|row| [WIRE, TOTAL, DOWNTIME, RESPONSE, PROGRESS].map(|metric| (row, metric)));
         let better = pairs.filter_map(|(row, metric)| {
             let (theirs, own) = (metric.median(row)?, metric.median(godwit)?);
             let is_better = if metric.less_is_better { theirs < own } else { theirs > own };
@@ -344,6 +410,31 @@ pub(super) mod tests {
         let better = summary.groups[0].better();
         assert_eq!(better[0], "qemu-postcopy: bytes on the wire 10.0 MB, godwit 160.0 MB");
         assert_eq!(better.len(), 3);
+    }
+
+    #[test]
+    fn responses_are_held_against_the_best_and_against_before() {
+        let seen = |moving_p99_ms| Responses {
+            undisturbed_p50_ms: 2.0,
+            undisturbed_p99_ms: 4.0,
+            moving_p99_ms,
+            longest_gap_ms: 130.0,
+        };
+        let mut runs = three("godwit", [100, 100, 100]);
+        runs.extend(three("qemu-xbzrle", [300, 300, 300]));
+        for (run, moving_p99_ms) in runs.iter_mut().zip([6.0, 5.0, 5.2, 5.0, 4.5, 4.0]) {
+            run.responses = Some(seen(moving_p99_ms));
+        }
+        let summary = summary(&runs);
+        let verdicts = summary.groups[0].verdicts();
+        let judged: Vec<&Verdict> =
+            verdicts.iter().filter(|verdict| verdict.target.text.starts_with("response")).collect();
+        let values: Vec<f64> = judged.iter().filter_map(|verdict| verdict.target.value).collect();
+        assert_eq!(values, [5.2 / 4.5, 1.3]);
+        assert!(judged.iter().all(|verdict| verdict.to_string() == "NOT MET"));
+        assert!(judged[0].target.text.ends_with("at most 1 of qemu-xbzrle's"));
+        let told = &summary.groups[0].responses()[0];
+        assert!(told.ends_with("p99 5.2 (5.0–6.0); longest gap 130"), "{told}");
     }
 
     #[test]

@@ -54,6 +54,9 @@ pub(super) fn render(summary: &Summary) -> String {
         if let Some(disturbance) = group.disturbance() {
             let _ = writeln!(text, "{disturbance}");
         }
+        for responses in group.responses() {
+            let _ = writeln!(text, "{responses}");
+        }
         for verdict in group.verdicts() {
             let _ = writeln!(text, "{:<62}{:>9}  {verdict}", verdict.target.text, verdict.target.shown());
         }

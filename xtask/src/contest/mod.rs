@@ -2,7 +2,10 @@
 
 use std::{net::SocketAddr, path::Path, time::Duration};
 
-use godwit_sim::{guest_image::GuestImage, lab::Lab};
+use godwit_sim::{
+    guest_image::{GuestImage, Program},
+    lab::Lab,
+};
 
 mod contender;
 pub(crate) mod cores;
@@ -11,12 +14,14 @@ mod godwit;
 pub(crate) mod hosts;
 mod outcome;
 mod plain_qemu;
+mod responses;
 mod target;
 pub(crate) mod watch;
 
 pub(crate) use self::{
     contender::Contender,
     outcome::{Outcome, Prediction},
+    responses::Responses,
     target::Target,
     watch::Span,
 };
@@ -52,6 +57,8 @@ pub(crate) enum Load<'a> {
     Workload(&'a str),
     /// A command, again and again.
     Command(&'a str),
+    /// A real program, which the stage's image has.
+    Program(&'static Program),
 }
 
 impl Stage<'_> {
@@ -61,6 +68,7 @@ impl Stage<'_> {
         match self.load {
             Load::Workload(name) => line(name),
             Load::Command(command) => line("idle") + &GuestImage::command_word(command),
+            Load::Program(program) => line("idle") + &GuestImage::command_word(&program.command()),
         }
     }
 }

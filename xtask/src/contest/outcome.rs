@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::Span;
+use super::{Responses, Span};
 
 /// The figures of one contender, as the demo's `--json` writes them.
 #[derive(Debug, Clone, Serialize)]
@@ -31,6 +31,9 @@ pub(crate) struct Outcome {
     /// What the guest's memory takes at least, see [`super::floor`].
     #[serde(skip)]
     pub(crate) floor_bytes: Option<u64>,
+    /// What the clients of the guest's web server saw, where it has one.
+    #[serde(skip)]
+    pub(crate) responses: Option<Responses>,
     /// What it said it would be, before it sent anything.
     #[serde(skip)]
     pub(crate) predicted: Prediction,

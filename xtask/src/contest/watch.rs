@@ -3,16 +3,17 @@
 use std::{
     net::Ipv4Addr,
     thread::sleep,
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use godwit_sim::{
     lab::{FIRST_GUEST_ADDRESS, Lab, Place, WireBytes},
     observer::{BeatListener, Progress},
+    web_client::WebClient,
 };
 
-use super::{Load, Outcome, Prediction, Stage};
+use super::{Load, Outcome, Prediction, Responses, Stage};
 
 /// Where the guest is.
 pub(crate) const GUEST_ADDRESS: Ipv4Addr = FIRST_GUEST_ADDRESS;
@@ -22,13 +23,19 @@ const BEFORE: Duration = Duration::from_secs(5);
 const AFTER: Duration = Duration::from_millis(1_000);
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
 const CHECK_LIMIT: Duration = Duration::from_secs(60);
+/// How long a program may take until it has done something.
+const WORK_LIMIT: Duration = Duration::from_secs(120);
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+const WEB_PORT: u16 = 80;
 
 /// A guest that is being followed over a connection held throughout.
 pub(super) struct Watch<'a> {
     lab: &'a Lab,
     beat: BeatListener,
     progress: Progress,
-    /// The guest's program writes nothing, so that its pace is that of its beat.
+    /// Asks the guest for pages, where it is a web server.
+    web: Option<WebClient>,
+    /// The guest counts nothing, so that its pace is that of its beat.
     paced_by_beat: bool,
 }
 
@@ -44,10 +51,29 @@ impl<'a> Watch<'a> {
     pub(super) fn start(stage: &Stage<'a>, beat: BeatListener) -> Result<Watch<'a>> {
         let progress = Progress::connect(&stage.lab.namespace(Place::Lan), GUEST_ADDRESS, BOOT_LIMIT)
             .context("the guest has not booted")?;
-        let paced_by_beat = matches!(stage.load, Load::Command(_) | Load::Workload("idle"));
-        let watch = Watch { lab: stage.lab, beat, progress, paced_by_beat };
+        let mut watch = Watch { lab: stage.lab, beat, progress, web: None, paced_by_beat: false };
+        if let Load::Program(program) = stage.load {
+            if program.serves_web {
+                let clients = stage.lab.namespace(Place::Lan);
+                watch.web = Some(WebClient::start(&clients, (GUEST_ADDRESS, WEB_PORT).into())?);
+            }
+            watch.await_work().with_context(|| format!("{} doesn't work", program.name))?;
+        }
         sleep(BEFORE + AFTER);
+        watch.paced_by_beat = watch.progress.writes() == 0;
         Ok(watch)
+    }
+
+    /// Waits until the guest's program has done something.
+    fn await_work(&self) -> Result<()> {
+        let started = Instant::now();
+        while self.progress.writes() == 0 {
+            if started.elapsed() >= WORK_LIMIT {
+                bail!("nothing was done within {} s", WORK_LIMIT.as_secs());
+            }
+            sleep(LOOK_EVERY);
+        }
+        Ok(())
     }
 
     /// What the link has carried so far.
@@ -60,6 +86,8 @@ impl<'a> Watch<'a> {
         sleep(AFTER);
         let usual = self.pace(span.started - BEFORE, span.started);
         let during = self.pace(span.started, span.ended);
+        let (started, ended) = self.beat.longest_silence(span.started, span.ended + AFTER / 2);
+        let silence = Span { started, ended };
         Ok(Outcome {
             contender,
             converged: false,
@@ -71,9 +99,13 @@ impl<'a> Watch<'a> {
                 .map(|(usual, during)| during / usual)
                 .filter(|ratio| ratio.is_finite()),
             memory_digest_equal: None,
-            largest_beat_gap: self.beat.largest_gap(span.started, span.ended + AFTER / 2),
+            largest_beat_gap: silence.ended.duration_since(silence.started).unwrap_or_default(),
             span,
             floor_bytes: None,
+            responses: self
+                .web
+                .as_ref()
+                .and_then(|web| Responses::of(&web.exchanges(), span.started - BEFORE, span, silence)),
             predicted: Prediction::default(),
         })
     }

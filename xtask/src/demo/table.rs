@@ -90,6 +90,7 @@ mod tests {
             largest_beat_gap: Duration::from_millis(12),
             span: Span { started: SystemTime::UNIX_EPOCH, ended: SystemTime::UNIX_EPOCH },
             floor_bytes: None,
+            responses: None,
             predicted: Prediction::default(),
         }
     }

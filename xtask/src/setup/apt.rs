@@ -1,6 +1,7 @@
 //! apt, with sources and lists of its own.
 
 use std::{
+    collections::BTreeSet,
     ffi::OsString,
     os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
@@ -10,7 +11,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
-use super::sources::{SourcesFile, backports};
+use super::{
+    programs::with_libraries,
+    sources::{SourcesFile, backports},
+};
 
 const SOURCES_LIST: &str = "/etc/apt/sources.list";
 const SOURCES_PARTS: &str = "/etc/apt/sources.list.d";
@@ -59,12 +63,25 @@ impl Apt {
         Ok(depends.with_context(|| format!("apt knows no package {package}"))?.trim().to_owned())
     }
 
-    /// Downloads a package; the file goes with this.
-    pub(super) fn download(&self, package: &str) -> Result<PathBuf> {
-        self.run("apt-get", &["--quiet=2", "download", package])?;
-        let files = std::fs::read_dir(self.directory.path())?.flatten().map(|entry| entry.path());
-        let is_package = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "deb");
-        files.into_iter().find(is_package).with_context(|| format!("apt-get downloaded no {package}"))
+    /// `packages` and the packages of all libraries that they need.
+    pub(super) fn with_libraries(&self, packages: &[&str]) -> Result<BTreeSet<String>> {
+        let depends = ["depends", "--recurse", "--important"];
+        Ok(with_libraries(packages, &self.run("apt-cache", &[&depends[..], packages].concat())?))
+    }
+
+    /// Downloads packages and unpacks them below `directory`, which is there as a whole or not at all.
+    pub(super) fn unpack(&self, packages: &[&str], directory: &Path) -> Result<()> {
+        self.run("apt-get", &[&["--quiet=2", "download"][..], packages].concat())?;
+        let unfinished = directory.with_extension("unfinished");
+        std::fs::create_dir_all(&unfinished)?;
+        for file in std::fs::read_dir(self.directory.path())?.flatten().map(|entry| entry.path()) {
+            if file.extension().is_some_and(|extension| extension == "deb") {
+                unpack(&file, &unfinished)?;
+                std::fs::remove_file(&file)?;
+            }
+        }
+        std::fs::rename(&unfinished, directory)
+            .with_context(|| format!("cannot put {} in its place", directory.display()))
     }
 
     /// Links the machine's sources into a directory of our own and adds backports beside them.
@@ -120,6 +137,14 @@ impl Apt {
             set("Dir::Cache::srcpkgcache", OsString::new()),
         ]
     }
+}
+
+fn unpack(package: &Path, directory: &Path) -> Result<()> {
+    let unpacked = Command::new("dpkg").arg("-x").arg(package).arg(directory).status();
+    if !unpacked.context("cannot run dpkg")?.success() {
+        bail!("dpkg -x {} failed", package.display());
+    }
+    Ok(())
 }
 
 fn read(path: &Path) -> Option<SourcesFile> {
