@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use godwit_migration::{forecast::Score, handover};
-use godwit_qemu::machine::Spec;
+use godwit_qemu::{machine::Spec, processor::Processor};
 use godwit_transport::session::Versions;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -194,6 +194,10 @@ pub(crate) struct IncomingRequest {
 pub(crate) struct IncomingReady {
     /// The version of the target's QEMU.
     pub qemu_version: String,
+    /// What its QEMU gives the machine; an older agent doesn't say, and then nothing is compared.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub processor: Option<Processor>,
 }
 
 /// An offered machine won't come.
@@ -293,6 +297,10 @@ pub(crate) struct CheckedHost {
     pub available_memory_bytes: u64,
     /// When its certificate expires, seconds since the Unix epoch.
     pub certificate_expires_unix_s: u64,
+    /// What the guest has of its processor there; an older agent doesn't say, and then nothing is compared.
+    #[serde(default)]
+    #[schema(value_type = Option<Object>)]
+    pub processor: Option<Processor>,
 }
 
 /// What migrations were thought to take, and what they took.

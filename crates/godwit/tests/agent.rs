@@ -4,6 +4,7 @@ mod host;
 mod hostile;
 mod metrics;
 mod service;
+mod unfit;
 
 use std::{fs, process::Command};
 

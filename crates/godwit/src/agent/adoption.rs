@@ -6,7 +6,8 @@ use std::{
 };
 
 use godwit_qemu::{
-    adopt::{self, classify, inspect, process_of},
+    adopt::{self, LiveFacts, classify, inspect, process_of},
+    machine::Spec,
     qmp::Client,
 };
 
@@ -36,7 +37,7 @@ impl Agent {
         let client = Client::connect(&qmp, QUESTION_TIMEOUT).await?;
         let live = inspect(&client).await?;
         drop(client);
-        let mut spec = classify(&found, &live).map_err(|error| Refusal::Adoption(one_line(&error)))?;
+        let mut spec = classified(&found, &live)?;
         if let Some(name) = request.name {
             spec.name = name;
         }
@@ -68,6 +69,16 @@ impl Agent {
         }
         Ok(())
     }
+}
+
+/// Looks again at an adopted machine: what was plugged in or out since then, an equal one elsewhere wouldn't have.
+pub(super) async fn check_unchanged(qmp: &Path, monitor: &Client) -> Result<(), AgentError> {
+    let found = process_behind(qmp.to_owned())?;
+    classified(&found, &inspect(monitor).await?).map(drop).map_err(AgentError::from)
+}
+
+fn classified(found: &adopt::Process, live: &LiveFacts) -> Result<Spec, Refusal> {
+    classify(found, live).map_err(|error| Refusal::Adoption(one_line(&error)))
 }
 
 fn process_behind(qmp: PathBuf) -> Result<adopt::Process, AgentError> {

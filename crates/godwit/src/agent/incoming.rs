@@ -28,6 +28,7 @@ use super::{
     Agent, accelerator,
     admission::admit,
     api::Body,
+    check::processor,
     detached::detached,
     error::{AgentError, Refusal},
     launch,
@@ -150,18 +151,20 @@ impl Agent {
         let claim = self.busy.claim(&job.spec.name, &doing(&job))?;
         self.room_for(&directory, &job, request.memory_bytes)?;
         launch::clear(&directory).await;
-        let started = self.receive_into(&directory, &job.spec).await;
-        let Running { process, .. } = match started {
-            Ok(running) => running,
-            Err(error) => {
-                self.abandon(&job.spec.name).await;
-                return Err(error);
-            }
+        let started = async {
+            let running = self.receive_into(&directory, &job.spec).await?;
+            let processor = processor(&monitor(&directory, &running).await?).await;
+            Ok::<_, AgentError>((running.process.pid, processor))
         };
-        job.pid = process.pid;
+        let started = started.await;
+        if started.is_err() {
+            self.abandon(&job.spec.name).await;
+        }
+        let (pid, processor) = started?;
+        job.pid = pid;
         job.spec = directory.spec()?;
         self.start_receiving(job, claim).await?;
-        Ok(IncomingReady { qemu_version })
+        Ok(IncomingReady { qemu_version, processor })
     }
 
     /// Goes as far as [`Self::accept`] does before there is a worker, under another name, and takes everything back.

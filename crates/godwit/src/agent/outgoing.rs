@@ -1,9 +1,10 @@
 //! The source's side of beginning a migration: everything that can be refused is refused before the guest is touched.
 //!
 //! ```text
-//! machine here and ours ─► peer known ─► attempt numbered ─► peer's agent says ready ─► job written, worker started
-//!         │                   │                               │  meanwhile: a forecast
-//!         └───────────────────┴─────── any refusal: one line, nothing left behind ──┘
+//! machine here and ours ─► peer known ─► QEMU looked at ─► attempt numbered ─► peer's agent says ready ─► processors
+//!         │                   │                │                                │  meanwhile: a forecast       │
+//!         └───────────────────┴────────────────┴─── any refusal: one line, nothing left behind ───────────────┤
+//!                                                                                job written, worker started ◄─┘
 //! ```
 
 use std::{fs::File, io::Read, sync::Arc};
@@ -12,6 +13,7 @@ use godwit_migration::handover::{Epoch, Record, RecordState};
 
 use super::{
     Agent,
+    check::{compare, examine, processor},
     error::{AgentError, Refusal},
     machines::{monitor, running},
     migrations::doing,
@@ -46,15 +48,21 @@ impl Agent {
     ) -> Result<Migration, AgentError> {
         let Prepared { mut job, peer, directory, running } = self.prepare(request).await?;
         let claim = self.busy.claim(&job.spec.name, &doing(&job))?;
+        let monitor = monitor(&directory, &running).await?;
+        examine(&monitor, &running).await?;
         // The target keeps the number of every attempt that it heard of, so none is used twice.
         let state = RecordState::Owner { peer: Some(job.peer.clone()) };
         let record = Record { epoch: Epoch(job.epoch), state };
         Store::open(directory.path()).save(&record, Durability::Synced)?;
-        let monitor = monitor(&directory, &running).await?;
         let version = monitor.query_version().await?;
         let outlook = self.look_ahead(&monitor, &job, &peer).await;
+        let here = processor(&monitor).await;
         drop(monitor);
-        self.offer(&peer, &offer(&job, version.to_string())).await?;
+        let ready = self.offer(&peer, &offer(&job, version.to_string())).await?;
+        if let Err(refusal) = compare(&job, here.as_ref(), ready.processor.as_ref()) {
+            self.withdraw(&peer, &job.id).await;
+            return Err(refusal.into());
+        }
         job.forecast = self.foresee(&job, outlook).await;
         let id = job.id.clone();
         if let Err(error) = self.begin(job, claim) {

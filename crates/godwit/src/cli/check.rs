@@ -5,6 +5,8 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
+use godwit_qemu::processor::list_features;
+
 use super::{arguments::Migrate, client::Client, exit::Failure, history::between};
 use crate::{
     api::{Check, CheckedHost, MigrateRequest},
@@ -33,6 +35,7 @@ fn show(check: &Check, now_unix_s: u64) -> String {
     line("machine", format!("{}, {}", check.machine_type, size(check.memory_bytes)));
     line(from, host(&check.source, now_unix_s));
     line(to, host(&check.target, now_unix_s));
+    line("processor", processors(check));
     let Some(forecast) = &check.forecast else {
         line("forecast", "none: the guest's memory can't be read, or the link can't be measured".to_owned());
         return text;
@@ -59,6 +62,21 @@ fn host(host: &CheckedHost, now_unix_s: u64) -> String {
     )
 }
 
+/// What the guest has of its processor, against what it would get.
+fn processors(check: &Check) -> String {
+    let Check { from, to, source, target, .. } = check;
+    let (here, there) = match (&source.processor, &target.processor) {
+        (Some(here), Some(there)) => (here, there),
+        (None, _) => return format!("not compared: {from} can't say what the guest has"),
+        (_, None) => return format!("not compared: {to} doesn't say what it gives; is its godwit older?"),
+    };
+    let (count, added) = (here.features.len(), there.beyond(here));
+    if added.is_empty() {
+        return format!("{count} features, the same at {to}");
+    }
+    format!("{count} features; {to} adds {}, with which the guest can't come back", list_features(&added))
+}
+
 /// What each choice of `--on-stall` would come to; nothing where it doesn't come to a choice.
 fn choices(forecast: &Forecast, target_ms: u64) -> Vec<(&'static str, String)> {
     let target = time_ms(target_ms as f64);
@@ -82,11 +100,12 @@ fn choices(forecast: &Forecast, target_ms: u64) -> Vec<(&'static str, String)> {
 #[cfg(test)]
 mod tests {
     use godwit_migration::forecast::Course;
+    use godwit_qemu::processor::Processor;
 
     use super::*;
     use crate::job::Range;
 
-    fn checked(downtime_ms: u64, share_to_meet: Option<f64>) -> String {
+    fn checked(downtime_ms: u64, share_to_meet: Option<f64>) -> Check {
         let range = |likely| Range { low: likely / 2, likely, high: likely * 2 };
         let uncorrected = Course { total_ms: 1.0, wire_bytes: 1.0, downtime_ms: 1.0, share_to_meet };
         let host = CheckedHost {
@@ -94,8 +113,9 @@ mod tests {
             kvm: true,
             available_memory_bytes: 4 << 30,
             certificate_expires_unix_s: 100 * DAY_S,
+            processor: Some(processor(&["aes", "fpu"])),
         };
-        let check = Check {
+        Check {
             machine: "web1".into(),
             machine_type: "pc-q35-10.0".into(),
             memory_bytes: 512 << 20,
@@ -113,13 +133,25 @@ mod tests {
                 round_trip_ms: 20.0,
                 uncorrected,
             }),
-        };
-        show(&check, 10 * DAY_S)
+        }
+    }
+
+    fn shown(downtime_ms: u64, share_to_meet: Option<f64>) -> String {
+        show(&checked(downtime_ms, share_to_meet), 10 * DAY_S)
+    }
+
+    fn processor(features: &[&str]) -> Processor {
+        Processor {
+            kvm: true,
+            vendor: "GenuineIntel".into(),
+            physical_address_bits: 40,
+            features: features.iter().map(|name| (*name).into()).collect(),
+        }
     }
 
     #[test]
     fn what_can_be_met_needs_no_choice() {
-        let text = checked(24, Some(1.0));
+        let text = shown(24, Some(1.0));
         assert!(
             text.contains("certificate valid for 90 days") && text.contains("100 Mbit/s, round trip 20 ms"),
             "{text}"
@@ -129,10 +161,24 @@ mod tests {
 
     #[test]
     fn what_cannot_be_met_has_four_prices() {
-        let text = checked(600, Some(0.4));
+        let text = shown(600, Some(0.4));
         for price in ["for about 600 ms", "about 40 % of its speed", "  wait", "  cancel"] {
             assert!(text.contains(price), "{price}: {text}");
         }
-        assert!(checked(600, None).contains("wouldn't help"));
+        assert!(shown(600, None).contains("wouldn't help"));
+    }
+
+    #[test]
+    fn processors_are_compared_as_far_as_they_are_known() {
+        let mut check = checked(24, None);
+        assert_eq!(processors(&check), "2 features, the same at hostb");
+        check.target.processor = Some(processor(&["aes", "avx2", "fpu"]));
+        assert!(processors(&check).contains("hostb adds avx2, with which"), "{}", processors(&check));
+        // As an agent of an earlier version answers.
+        let old = r#"{"qemu_version":"9.2.0","kvm":true,"available_memory_bytes":1,"certificate_expires_unix_s":1}"#;
+        check.target = serde_json::from_str(old).unwrap();
+        assert!(processors(&check).starts_with("not compared: hostb"), "{}", processors(&check));
+        check.source.processor = None;
+        assert!(processors(&check).starts_with("not compared: hosta"), "{}", processors(&check));
     }
 }
