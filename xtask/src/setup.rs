@@ -90,7 +90,8 @@ pub(crate) fn fetch_programs() -> Result<()> {
         std::fs::remove_dir_all(&directory).context("cannot remove an older set of programs")?;
     }
     let apt = Apt::new()?;
-    let packages = apt.with_libraries(&PROGRAMS.map(|program| program.package))?;
+    let programs: Vec<&str> = PROGRAMS.iter().flat_map(|program| program.packages).copied().collect();
+    let packages = apt.with_libraries(&programs)?;
     let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
     eprintln!("fetching programs for guests: {}", packages.join(" "));
     apt.unpack(&packages, &directory)

@@ -24,8 +24,8 @@ const ACCOUNTS: [(&str, &str); 2] = [("etc/passwd", "root:x:0:0::/:/bin/sh\n"), 
 pub struct Program {
     /// What benches call it.
     pub name: &'static str,
-    /// The package it is in.
-    pub package: &'static str,
+    /// The packages it is in; those of libraries follow from them.
+    pub packages: &'static [&'static str],
     /// Whether it answers requests for `/0` to `/255`, see [`crate::web_client`].
     pub serves_web: bool,
     executables: &'static [&'static str],
@@ -38,7 +38,7 @@ pub struct Program {
 pub const PROGRAMS: [Program; 4] = [
     Program {
         name: "sqlite",
-        package: "sqlite3",
+        packages: &["sqlite3"],
         serves_web: false,
         executables: &["usr/bin/sqlite3"],
         script: include_str!("programs/sqlite.sh"),
@@ -46,7 +46,7 @@ pub const PROGRAMS: [Program; 4] = [
     },
     Program {
         name: "redis",
-        package: "redis-tools",
+        packages: &["redis-server", "redis-tools"],
         serves_web: false,
         executables: &["usr/bin/redis-server", "usr/bin/redis-cli"],
         script: include_str!("programs/redis.sh"),
@@ -54,7 +54,7 @@ pub const PROGRAMS: [Program; 4] = [
     },
     Program {
         name: "compress",
-        package: "xz-utils",
+        packages: &["xz-utils"],
         serves_web: false,
         executables: &["usr/bin/xz"],
         script: include_str!("programs/compress.sh"),
@@ -62,7 +62,7 @@ pub const PROGRAMS: [Program; 4] = [
     },
     Program {
         name: "web",
-        package: "nginx",
+        packages: &["nginx"],
         serves_web: true,
         executables: &["usr/sbin/nginx"],
         script: include_str!("programs/web.sh"),
@@ -81,7 +81,7 @@ impl Program {
         const { &PROGRAMS }.iter().find(|program| program.name == name)
     }
 
-    /// Whether its package is unpacked.
+    /// Whether its packages are unpacked.
     pub fn is_unpacked(&self) -> bool {
         self.executables.iter().all(|path| packages_directory().join(path).exists())
     }
