@@ -9,16 +9,18 @@
 
 use hashbrown::HashTable;
 
+use crate::contents::Contents;
 use crate::index::{ContentIndex, Place};
 use crate::queue::{Queue, Queues};
 use crate::{BLOCK_BYTES, Block, BlockId, BlockVersion, SUB_BLOCKS, SubBlock, sub_blocks};
 
-/// Blocks as they were last sent, within a bound that counts pages, queues and indices.
+/// Blocks as they were last sent, within a bound that counts pages (packed where there is little room), queues and
+/// indices.
 ///
 /// What a slot holds is what the target's memory holds at that id, always: a block that is sent and doesn't stay
 /// leaves no older version behind.
 pub(crate) struct Bases {
-    slabs: Vec<Vec<Block>>,
+    contents: Contents,
     owners: Vec<u64>,
     credits: Vec<u8>,
     queues: Queues,
@@ -45,19 +47,20 @@ pub(crate) struct Seen {
 /// Index keys of a block's sub-blocks; `None` where there is nothing to find, as in a zero sub-block.
 pub(crate) type Keys = [Option<u64>; SUB_BLOCKS];
 
-/// Slots are allocated in slabs of a megabyte, as they are needed.
-const SLAB_SLOTS: usize = 256;
-
 /// The id table's entries: room for twice the slots, so that hashbrown tidies it in place and never grows it, at the
 /// worst load before the next power of two, five bytes each.
 const ID_TABLE_BYTES_PER_SLOT: usize = 23;
 
-const BYTES_PER_SLOT: usize = BLOCK_BYTES
+/// What a slot takes besides its content.
+const TABLE_BYTES_PER_SLOT: usize = Contents::BYTES_PER_SLOT
     + size_of::<u64>()
     + size_of::<u8>()
     + Queues::BYTES_PER_SLOT
     + ContentIndex::BYTES_PER_SLOT
     + ID_TABLE_BYTES_PER_SLOT;
+
+/// What a packed block takes, about. Where they take less, slots run out before memory does.
+const PACKED_BYTES: usize = BLOCK_BYTES / 2;
 
 /// What tables cost beyond their share of each slot (rounding up).
 const FIXED_BYTES: usize = 256;
@@ -66,12 +69,13 @@ const FIXED_BYTES: usize = 256;
 const FULL_CREDIT: u8 = 2;
 
 impl Bases {
-    /// A cache whose memory never exceeds `limit_bytes`; less than a few KiB means no cache.
+    /// A cache whose memory, zstd's own aside, never exceeds `limit_bytes`; less than a few KiB means no cache.
     pub(crate) fn new(limit_bytes: usize) -> Self {
-        let slots = limit_bytes.saturating_sub(FIXED_BYTES) / BYTES_PER_SLOT;
+        let limit_bytes = limit_bytes.saturating_sub(FIXED_BYTES);
+        let slots = limit_bytes / (TABLE_BYTES_PER_SLOT + PACKED_BYTES);
         let slots = slots.min(u32::MAX as usize / SUB_BLOCKS - 1);
         Self {
-            slabs: Vec::with_capacity(slots.div_ceil(SLAB_SLOTS)),
+            contents: Contents::new(slots, limit_bytes - slots * TABLE_BYTES_PER_SLOT),
             owners: vec![0; slots],
             credits: vec![0; slots],
             queues: Queues::new(slots),
@@ -82,9 +86,7 @@ impl Bases {
 
     /// All memory in use, pages and tables.
     pub(crate) fn memory_bytes(&self) -> usize {
-        let slots: usize = self.slabs.iter().map(Vec::capacity).sum();
-        slots * BLOCK_BYTES
-            + self.slabs.capacity() * size_of::<Vec<Block>>()
+        self.contents.memory_bytes()
             + self.owners.capacity() * size_of::<u64>()
             + self.credits.capacity()
             + self.queues.memory_bytes()
@@ -93,18 +95,23 @@ impl Bases {
     }
 
     /// The version of a block that the target has, if it is kept.
-    pub(crate) fn get(&self, id: BlockId) -> Option<&Block> {
-        self.slot_of(id).map(|slot| self.block(slot))
+    pub(crate) fn get(&mut self, id: BlockId) -> Option<&Block> {
+        self.slot_of(id).and_then(|slot| self.contents.get(slot))
+    }
+
+    /// Whether the version of a block that the target has is kept.
+    pub(crate) fn holds(&self, id: BlockId) -> bool {
+        self.slot_of(id).is_some()
     }
 
     /// Looks a block's content up, and compares it with what was found.
-    pub(crate) fn find(&self, content: &Block, keys: &Keys) -> Seen {
+    pub(crate) fn find(&mut self, content: &Block, keys: &Keys) -> Seen {
         let mut seen = Seen::default();
         for (position, (sub_block, key)) in sub_blocks(content).iter().zip(keys).enumerate() {
             let Some(place) = key.and_then(|key| self.find_sub_block(sub_block, key)) else { continue };
             let id = BlockId(self.owners[place.slot as usize]);
             seen.sub_blocks[position] = Some(Reference { id, sub_block: place.sub_block });
-            if usize::from(place.sub_block) == position && self.block(place.slot) == content {
+            if usize::from(place.sub_block) == position && self.contents.get(place.slot) == Some(content) {
                 let whole = |sub_block| Some(Reference { id, sub_block });
                 return Seen { whole: Some(id), sub_blocks: [whole(0), whole(1), whole(2), whole(3)] };
             }
@@ -116,7 +123,12 @@ impl Bases {
     /// given; hot content isn't, because it won't stay what it is.
     pub(crate) fn keep(&mut self, version: BlockVersion, content: &Block, keys: &Keys) {
         let Some(slot) = self.renew(version).or_else(|| self.admit(version)) else { return };
-        *self.block_mut(slot) = *content;
+        while !self.contents.put(slot, content) {
+            match self.evict(version.hot).filter(|victim| *victim != slot) {
+                Some(victim) => self.release(victim),
+                None => return self.release(slot),
+            }
+        }
         if version.hot {
             return;
         }
@@ -130,8 +142,7 @@ impl Bases {
     /// Drops a block: the target is about to have another version that isn't worth keeping.
     pub(crate) fn forget(&mut self, id: BlockId) {
         if let Some(slot) = self.slot_of(id) {
-            self.disown(slot);
-            self.queues.move_to_back(slot, Queue::Free);
+            self.release(slot);
         }
     }
 
@@ -149,26 +160,26 @@ impl Bases {
 
     /// A slot for a block that isn't kept yet, if one can be had.
     fn admit(&mut self, version: BlockVersion) -> Option<u32> {
-        let slot = match self.queues.front(Queue::Free) {
-            Some(slot) => slot,
-            None if version.hot => self.evict()?,
-            None => return None,
-        };
+        if self.queues.front(Queue::Free).is_none() {
+            let victim = self.evict(version.hot)?;
+            self.release(victim);
+        }
+        let slot = self.queues.front(Queue::Free)?;
         self.owners[slot as usize] = version.id.0;
         self.by_id.insert_unique(hash(version.id.0), slot, |slot| hash(self.owners[*slot as usize]));
         self.enqueue(slot, if version.hot { Queue::Hot } else { Queue::Cold });
         Some(slot)
     }
 
-    /// Makes room for a hot block, or takes a credit from the one that stays.
-    fn evict(&mut self) -> Option<u32> {
-        let slot = self.queues.front(Queue::Cold).or_else(|| self.queues.front(Queue::Hot))?;
+    /// The block that is to make room for a hot one; or takes a credit from the one that stays.
+    fn evict(&mut self, for_hot: bool) -> Option<u32> {
+        let oldest = self.queues.front(Queue::Cold).or_else(|| self.queues.front(Queue::Hot));
+        let slot = oldest.filter(|_| for_hot)?;
         if self.queues.queue_of(slot) == Queue::Hot && self.credits[slot as usize] > 0 {
             self.credits[slot as usize] -= 1;
             self.queues.move_to_back(slot, Queue::Hot);
             return None;
         }
-        self.disown(slot);
         Some(slot)
     }
 
@@ -177,36 +188,26 @@ impl Bases {
         self.queues.move_to_back(slot, queue);
     }
 
-    fn disown(&mut self, slot: u32) {
+    /// Empties a slot.
+    fn release(&mut self, slot: u32) {
         let owner = self.owners[slot as usize];
         if let Ok(entry) = self.by_id.find_entry(hash(owner), |other| *other == slot) {
             entry.remove();
         }
+        self.contents.clear(slot);
+        self.queues.move_to_back(slot, Queue::Free);
     }
 
     fn slot_of(&self, id: BlockId) -> Option<u32> {
         self.by_id.find(hash(id.0), |slot| self.owners[*slot as usize] == id.0).copied()
     }
 
-    fn find_sub_block(&self, sub_block: &SubBlock, key: u64) -> Option<Place> {
-        self.by_content.candidates(key).find(|place| {
-            self.queues.queue_of(place.slot) != Queue::Free
-                && sub_blocks(self.block(place.slot))[usize::from(place.sub_block)] == *sub_block
+    fn find_sub_block(&mut self, sub_block: &SubBlock, key: u64) -> Option<Place> {
+        let Self { by_content, contents, .. } = self;
+        by_content.candidates(key).find(|place| {
+            let block = contents.get(place.slot);
+            block.is_some_and(|block| sub_blocks(block)[usize::from(place.sub_block)] == *sub_block)
         })
-    }
-
-    fn block(&self, slot: u32) -> &Block {
-        &self.slabs[slot as usize / SLAB_SLOTS][slot as usize % SLAB_SLOTS]
-    }
-
-    /// Free slots are taken in order, so that a slot is at most one beyond the slabs.
-    fn block_mut(&mut self, slot: u32) -> &mut Block {
-        let slot = slot as usize;
-        if slot / SLAB_SLOTS == self.slabs.len() {
-            let slots = (self.owners.len() - slot).min(SLAB_SLOTS);
-            self.slabs.push(vec![[0; BLOCK_BYTES]; slots]);
-        }
-        &mut self.slabs[slot / SLAB_SLOTS][slot % SLAB_SLOTS]
     }
 }
 
@@ -217,21 +218,32 @@ fn hash(id: u64) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     const NO_KEYS: Keys = [None; SUB_BLOCKS];
 
-    fn bases(slots: usize) -> Bases {
-        Bases::new(slots * BYTES_PER_SLOT + FIXED_BYTES)
+    /// A block that can't be packed.
+    pub(crate) fn noise(seed: u64) -> Block {
+        let mut state = seed ^ 0x9e37_79b9_7f4a_7c15;
+        std::array::from_fn(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 56) as u8
+        })
+    }
+
+    /// A cache with room for so many blocks that can't be packed.
+    fn bases(blocks: usize) -> Bases {
+        let for_tables = Contents::WHOLE_BYTES * TABLE_BYTES_PER_SLOT / PACKED_BYTES;
+        Bases::new(FIXED_BYTES + blocks * (Contents::WHOLE_BYTES + for_tables) + TABLE_BYTES_PER_SLOT)
     }
 
     fn keep(bases: &mut Bases, id: u64, hot: bool) {
-        bases.keep(BlockVersion { id: BlockId(id), hot }, &[id as u8; BLOCK_BYTES], &NO_KEYS);
+        bases.keep(BlockVersion { id: BlockId(id), hot }, &noise(id), &NO_KEYS);
     }
 
-    fn kept(bases: &Bases, ids: std::ops::Range<u64>) -> Vec<u64> {
-        ids.filter(|id| bases.get(BlockId(*id)).is_some()).collect()
+    fn kept(bases: &mut Bases, ids: std::ops::Range<u64>) -> Vec<u64> {
+        ids.filter(|id| bases.get(BlockId(*id)).is_some_and(|block| *block == noise(*id))).collect()
     }
 
     #[test]
@@ -240,7 +252,11 @@ mod tests {
             let mut bases = Bases::new(limit_bytes);
             let slots = bases.owners.len() as u64;
             for id in 0..slots * 5 {
-                keep(&mut bases, id * 64, id % 3 != 0);
+                let hot = id % 3 != 0;
+                match id % 2 {
+                    0 => keep(&mut bases, id * 64, hot),
+                    _ => bases.keep(BlockVersion { id: BlockId(id * 64), hot }, &[1; BLOCK_BYTES], &NO_KEYS),
+                }
                 bases.forget(BlockId(id * 32));
             }
             assert!(bases.memory_bytes() <= limit_bytes.max(FIXED_BYTES), "limit {limit_bytes}");
@@ -251,12 +267,12 @@ mod tests {
     fn cold_blocks_take_free_room_only_and_leave_first() {
         let mut bases = bases(3);
         (0..5).for_each(|id| keep(&mut bases, id, false));
-        assert_eq!(kept(&bases, 0..5), [0, 1, 2]);
+        assert_eq!(kept(&mut bases, 0..5), [0, 1, 2]);
         keep(&mut bases, 9, true);
-        assert_eq!(kept(&bases, 0..10), [1, 2, 9]);
+        assert_eq!(kept(&mut bases, 0..10), [1, 2, 9]);
         keep(&mut bases, 1, true);
         keep(&mut bases, 8, true);
-        assert_eq!(kept(&bases, 0..10), [1, 8, 9]);
+        assert_eq!(kept(&mut bases, 0..10), [1, 8, 9]);
     }
 
     #[test]
@@ -277,7 +293,7 @@ mod tests {
         let mut bases = bases(50);
         (0..50).cycle().take(500).for_each(|id| keep(&mut bases, id, true));
         (50..100).cycle().take(50 * 5).for_each(|id| keep(&mut bases, id, true));
-        assert_eq!(kept(&bases, 0..100), (50..100).collect::<Vec<_>>());
+        assert_eq!(kept(&mut bases, 0..100), (50..100).collect::<Vec<_>>());
     }
 
     #[test]

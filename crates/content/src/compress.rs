@@ -72,6 +72,11 @@ pub(crate) struct Decompressor {
 }
 
 impl Decompressor {
+    /// Whether `packed`, which a [`Compressor`] made of as many bytes as `out` has, could be unpacked into it.
+    pub(crate) fn unpack(&mut self, packed: &[u8], out: &mut [u8]) -> bool {
+        self.zstd.decompress_to_buffer(packed, out).is_ok_and(|bytes| bytes == out.len())
+    }
+
     /// Takes a section off the front of `bytes` and puts its content, at most `limit` bytes, into `out`.
     pub(crate) fn take_section(
         &mut self,

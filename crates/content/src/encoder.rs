@@ -12,8 +12,8 @@ use crate::{BATCH_BLOCKS, BLOCK_BYTES, Block, BlockId, BlockVersion, SUB_BLOCKS,
 /// The bounds of an [`Encoder`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EncoderLimits {
-    /// Memory for what was last sent, pages and tables together, in bytes. With little or none, re-sent blocks cost
-    /// as much as new ones; nothing else changes.
+    /// Memory for what was last sent, pages and tables together, in bytes. Where it gets short, pages are kept
+    /// compressed. With little or none, re-sent blocks cost as much as new ones; nothing else changes.
     pub base_bytes: usize,
     /// zstd's level, negative ones included; 0 is zstd's default.
     pub level: i32,
@@ -100,8 +100,8 @@ impl Encoder {
         self.techniques = techniques;
     }
 
-    /// Memory in use for what was last sent, never more than [`EncoderLimits::base_bytes`] (but for a few hundred
-    /// bytes if that is less).
+    /// Memory in use for what was last sent, zstd's own aside; never more than [`EncoderLimits::base_bytes`] (but for a
+    /// few hundred bytes if that is less).
     pub fn cached_bytes(&self) -> usize {
         self.bases.memory_bytes()
     }
@@ -114,7 +114,7 @@ impl Encoder {
 
     /// Whether the version last sent of a block is kept.
     pub(crate) fn has_base(&self, id: BlockId) -> bool {
-        self.bases.get(id).is_some()
+        self.bases.holds(id)
     }
 
     /// Decides the form of up to [`BATCH_BLOCKS`] blocks, whose `contents` follow each other in the order of
@@ -173,21 +173,22 @@ impl Encoder {
     }
 
     fn outline_sub_blocks(
-        &self,
+        &mut self,
         version: BlockVersion,
         content: &Block,
         seen: &Seen,
         outline: &mut Outline,
     ) -> BlockOutline {
         let mut block = BlockOutline::literal(version.id);
-        let base = self.bases.get(version.id).filter(|_| self.techniques.delta).map(sub_blocks);
+        let techniques = self.techniques;
+        let base = self.bases.get(version.id).filter(|_| techniques.delta).map(sub_blocks);
         for (position, new) in sub_blocks(content).iter().enumerate() {
-            if self.techniques.zero && self.techniques.sub_block && is_zero(new) {
+            if techniques.zero && techniques.sub_block && is_zero(new) {
                 block.sub_forms[position] = SubForm::Zero;
                 continue;
             }
             let delta_cost = base.and_then(|base| outline.deltas.push(&base[position], new));
-            let seen = seen.sub_blocks[position].filter(|_| self.techniques.sub_block);
+            let seen = seen.sub_blocks[position].filter(|_| techniques.sub_block);
             block.sub_forms[position] = match (seen, delta_cost) {
                 (Some(reference), cost) if cost.is_none_or(|cost| cost > REFERENCE_BYTES) => {
                     cost.inspect(|_| outline.deltas.pop());
@@ -206,7 +207,7 @@ impl Encoder {
 
     /// A repeated block is found again through the one that it repeats, so it needs room of its own only as a base.
     fn keep_repeated(&mut self, version: BlockVersion, content: &Block) {
-        if version.hot || self.bases.get(version.id).is_some() {
+        if version.hot || self.bases.holds(version.id) {
             self.bases.keep(version, content, &[None; SUB_BLOCKS]);
         }
     }

@@ -37,6 +37,7 @@ pub mod analyze;
 mod bases;
 mod batch;
 mod compress;
+mod contents;
 mod decoder;
 mod delta;
 mod digest;

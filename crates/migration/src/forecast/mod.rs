@@ -37,6 +37,8 @@ const PREPARING_MS: f64 = 150.0;
 const PREPARING_ROUND_TRIPS: f64 = 6.0;
 /// Between two looks for dirty pages when the stop is near.
 const NEAR_PASS_MS: f64 = 25.0;
+/// What a page takes that is kept compressed on its own, as a share of what it takes in a batch.
+const PACKED_ALONE: f64 = 1.15;
 /// Where the guest is as fast as the link, coalescing still lets what is owed fall by about this share of the link.
 const LEAST_GAIN: f64 = 0.1;
 
@@ -106,7 +108,8 @@ impl MemorySample {
     /// The share of the pages sent in the first pass of which the source still has what it sent when it is over, so that a
     /// delta can be made.
     fn kept_share(&self, base_bytes: u64) -> f64 {
-        let full_bytes = self.pages as f64 * (1.0 - self.zero_share) * BLOCK_BYTES as f64;
+        let kept_bytes = (self.whole_bytes * PACKED_ALONE).min(BLOCK_BYTES as f64);
+        let full_bytes = self.pages as f64 * (1.0 - self.zero_share) * kept_bytes;
         if full_bytes > 0.0 { (base_bytes as f64 / full_bytes).min(1.0) } else { 1.0 }
     }
 
