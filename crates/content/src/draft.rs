@@ -71,16 +71,30 @@ impl Draft {
 
     /// Compresses the batch. The result depends on the draft alone, not on what the compressor did before.
     pub fn seal(self, compressor: &mut Compressor) -> Batch {
+        self.sealed(self.level, compressor)
+    }
+
+    /// What the batch would take at another level of zstd, in bytes.
+    pub fn bytes_at(&self, level: i32, compressor: &mut Compressor) -> u64 {
+        self.sealed(self.level.and(Some(level)), compressor).tally.encoded_bytes
+    }
+
+    /// What there is to compress, about; pages of zeros and references are nothing.
+    pub fn weight_bytes(&self) -> u64 {
+        self.delta_sizes().sum::<usize>() as u64
+    }
+
+    fn sealed(&self, level: Option<i32>, compressor: &mut Compressor) -> Batch {
         let mut columns = std::mem::take(&mut compressor.columns);
         let mut control = std::mem::take(&mut compressor.control);
-        let mut tally = self.assemble(&mut columns, compressor);
+        let mut tally = self.assemble(level, &mut columns, compressor);
         control.clear();
         columns.put_control(&mut control);
 
         let mut bytes = Vec::new();
         Header { block_count: self.blocks(), chain: self.chain }.put(&mut bytes);
         for section in [&control, &columns.deltas.xor, &columns.literals] {
-            compressor.put_section(self.level, section, &mut bytes);
+            compressor.put_section(level, section, &mut bytes);
         }
         tally.encoded_bytes = bytes.len() as u64;
         compressor.columns = columns;
@@ -96,14 +110,14 @@ impl Draft {
         })
     }
 
-    fn assemble(&self, columns: &mut Columns, compressor: &mut Compressor) -> Tally {
+    fn assemble(&self, level: Option<i32>, columns: &mut Columns, compressor: &mut Compressor) -> Tally {
         columns.clear();
         columns.references.extend_from_slice(&self.outline.references);
         let mut tally = Tally { raw_bytes: self.contents.len() as u64, ..Tally::default() };
         let mut deltas = Cursor::new(&self.outline.deltas);
         for (block, content) in self.outline.blocks.iter().zip(self.contents.as_chunks::<BLOCK_BYTES>().0) {
             let delta = deltas.take(block);
-            let sub_forms = match self.level {
+            let sub_forms = match level {
                 Some(level) if block.delta_cost >= CONTESTED_BYTES => {
                     settle(block, content, &delta, level, compressor)
                 }

@@ -1,7 +1,8 @@
 //! Which level of zstd pays: by what waits for what.
 //!
 //! A slow link with time to spare wants a higher level; a fast one, or a busy host, a lower one. Compressing takes
-//! processor time from the guests of the host, so a higher level is only tried while it takes little of it.
+//! processor time from the guests of the host, so a higher level is only taken while it takes little of it, and only where
+//! it pays: much of what guests have in memory is no smaller at level 9 than at 3, and takes four times as long.
 
 use std::time::Duration;
 
@@ -15,6 +16,8 @@ const LINK_LIMITS: f64 = 0.5;
 const LINK_IDLES: f64 = 0.1;
 /// Share of one core that compressing may take if a higher level, which takes twice as much, is to be tried.
 const ROOM: f64 = 0.2;
+/// The share of the bytes that the next higher level has to save.
+const WORTH: f64 = 0.01;
 /// Share of one core beyond which it takes too much from the guests while the link is what limits.
 const TOO_MUCH: f64 = 0.6;
 
@@ -27,13 +30,30 @@ pub struct Interval {
     pub compressing: Duration,
     /// Time in which sending waited for the link.
     pub waiting_for_link: Duration,
+    /// Some batches, sealed at both levels.
+    pub tried: Tried,
+}
+
+/// What the same batches take at the level in use and at the next higher one, in bytes; zeros if none was tried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Tried {
+    /// At the level in use.
+    pub bytes: u64,
+    /// At [`LevelGovernor::above`] it.
+    pub bytes_above: u64,
+}
+
+impl Tried {
+    fn is_worth_it(self) -> bool {
+        (self.bytes_above as f64) < self.bytes as f64 * (1.0 - WORTH)
+    }
 }
 
 /// Chooses the level of zstd for batches that are still to come.
 ///
 /// ```
 /// use std::time::Duration;
-/// use godwit_content::{Interval, LevelGovernor};
+/// use godwit_content::{Interval, LevelGovernor, Tried};
 ///
 /// let mut governor = LevelGovernor::default();
 /// let before = governor.level();
@@ -41,6 +61,7 @@ pub struct Interval {
 ///     elapsed: Duration::from_secs(1),
 ///     compressing: Duration::from_millis(50),
 ///     waiting_for_link: Duration::from_millis(950),
+///     tried: Tried { bytes: 100_000, bytes_above: 95_000 },
 /// };
 /// assert!(governor.observe(&slow_link) > before);
 /// ```
@@ -61,6 +82,11 @@ impl LevelGovernor {
         LEVELS[self.step]
     }
 
+    /// The level above this one, if there is any.
+    pub fn above(level: i32) -> Option<i32> {
+        LEVELS.into_iter().find(|known| *known > level)
+    }
+
     /// Takes what happened in an interval during which there was always something to send; returns the level from now
     /// on. Half a second is a good interval.
     pub fn observe(&mut self, interval: &Interval) -> i32 {
@@ -69,7 +95,7 @@ impl LevelGovernor {
             let waiting = interval.waiting_for_link.as_secs_f64() / elapsed;
             let compressing = interval.compressing.as_secs_f64() / elapsed;
             if waiting >= LINK_LIMITS && compressing <= ROOM {
-                self.step = (self.step + 1).min(LEVELS.len() - 1);
+                self.step = (self.step + usize::from(interval.tried.is_worth_it())).min(LEVELS.len() - 1);
             } else if waiting <= LINK_IDLES || compressing >= TOO_MUCH {
                 self.step = self.step.saturating_sub(1);
             }
@@ -82,6 +108,8 @@ impl LevelGovernor {
 mod tests {
     use super::*;
 
+    const PAYS: Tried = Tried { bytes: 1_000, bytes_above: 980 };
+
     /// A second on a link and a processor, at the level that the governor chose.
     fn second(level: i32, link_bytes_per_second: f64, compressor_bytes_per_second: f64) -> Interval {
         let slower =
@@ -92,6 +120,7 @@ mod tests {
             elapsed: Duration::from_secs(1),
             compressing: Duration::from_secs_f64(rate / compress_rate),
             waiting_for_link: Duration::from_secs_f64(1.0 - rate / compress_rate),
+            tried: PAYS,
         }
     }
 
@@ -107,6 +136,18 @@ mod tests {
     #[test]
     fn a_slow_link_gets_the_highest_level() {
         assert_eq!(settle(1e6, 100e6), (9, 9));
+    }
+
+    #[test]
+    fn a_level_that_saves_nothing_is_not_taken() {
+        let mut governor = LevelGovernor::default();
+        let before = governor.level();
+        for tried in [Tried::default(), Tried { bytes: 1_000, bytes_above: 995 }] {
+            let slow_link = Interval { tried, ..second(before, 1e6, 100e6) };
+            assert_eq!(governor.observe(&slow_link), before, "{tried:?}");
+        }
+        assert!(governor.observe(&second(before, 1e6, 100e6)) > before);
+        assert_eq!((LevelGovernor::above(3), LevelGovernor::above(9)), (Some(6), None));
     }
 
     #[test]

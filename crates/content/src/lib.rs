@@ -60,7 +60,7 @@ pub use decoder::{DecodeError, Decoded, Decoder, DecoderLimits};
 pub use digest::Chain;
 pub use draft::{Batch, Draft};
 pub use encoder::{Encoder, EncoderLimits, Techniques};
-pub use governor::{Interval, LevelGovernor};
+pub use governor::{Interval, LevelGovernor, Tried};
 pub use held::{Held, HeldDigests};
 pub use memory::{Memory, MemoryError, VecMemory};
 pub use tally::Tally;

@@ -16,6 +16,7 @@ mod guest;
 mod learned;
 mod pilot;
 mod pump;
+mod room;
 mod sender;
 mod stage;
 mod throttle;

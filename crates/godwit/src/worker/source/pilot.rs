@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use godwit_content::{Interval, LevelGovernor};
+use godwit_content::{Interval, LevelGovernor, Tried};
 use godwit_migration::{
     mover::Taken,
     predict::{Backlog, Learned, Outcome, Predictor},
@@ -12,7 +12,7 @@ use godwit_migration::{
     stop::{Gate, GateSettings, Sample, SmartStop, SmartStopSettings, StopPolicy, Verdict},
 };
 
-use super::stage::Stage;
+use super::{sender::Efforts, stage::Stage};
 use crate::job::{self, Options, Progress, StopPolicyName};
 
 /// While the pause would be longer than this many targets, passes are rare; below, they are frequent, so that little is
@@ -43,8 +43,8 @@ pub(super) struct LinkObservation {
     /// What the operator allows.
     pub(super) limit_bytes_per_second: Option<u64>,
     pub(super) round_trip_ms: Option<f64>,
-    /// Processor time spent compressing, and time spent waiting for the link, so far.
-    pub(super) efforts: (Duration, Duration),
+    /// What sending has cost so far.
+    pub(super) efforts: Efforts,
 }
 
 /// What the mover says, copied while its lock was held.
@@ -92,7 +92,7 @@ pub(super) struct Pilot {
     policy: Box<dyn StopPolicy>,
     stall: Stall,
     predictor: Predictor,
-    efforts: Efforts,
+    effort_watch: EffortWatch,
     target_ms: f64,
     pages_total: u64,
     passes: u64,
@@ -111,7 +111,7 @@ impl Pilot {
             policy,
             stall: Stall::new(options.on_stall.into(), target_ms),
             predictor: Predictor::new(learned),
-            efforts: Efforts::default(),
+            effort_watch: EffortWatch::default(),
             target_ms,
             pages_total,
             passes: 0,
@@ -179,7 +179,7 @@ impl Pilot {
             ruling,
             prices,
             pass_period_ms: self.pass_period_ms(&sample),
-            level: self.efforts.level(now_ms, stage.owed_blocks > 0, link.efforts),
+            level: self.effort_watch.level(now_ms, stage.owed_blocks > 0, link.efforts),
             progress: self.progress(&sample, stage, link, &backlog),
         }
     }
@@ -250,20 +250,24 @@ impl Pilot {
 
 /// What sending has cost, in intervals in which there was always something to send.
 #[derive(Default)]
-struct Efforts {
+struct EffortWatch {
     governor: LevelGovernor,
     since_ms: u64,
-    before: (Duration, Duration),
+    before: Efforts,
 }
 
-impl Efforts {
-    fn level(&mut self, now_ms: u64, is_busy: bool, now: (Duration, Duration)) -> i32 {
+impl EffortWatch {
+    fn level(&mut self, now_ms: u64, is_busy: bool, now: Efforts) -> i32 {
         let elapsed_ms = now_ms - self.since_ms;
         if is_busy && elapsed_ms >= LEVEL_PERIOD_MS {
             self.governor.observe(&Interval {
                 elapsed: Duration::from_millis(elapsed_ms),
-                compressing: now.0.saturating_sub(self.before.0),
-                waiting_for_link: now.1.saturating_sub(self.before.1),
+                compressing: now.compressing.saturating_sub(self.before.compressing),
+                waiting_for_link: now.waiting_for_link.saturating_sub(self.before.waiting_for_link),
+                tried: Tried {
+                    bytes: now.tried.bytes - self.before.tried.bytes,
+                    bytes_above: now.tried.bytes_above - self.before.tried.bytes_above,
+                },
             });
         }
         if !is_busy || elapsed_ms >= LEVEL_PERIOD_MS {

@@ -4,8 +4,8 @@
 //!   stage ──► draft (one thread: it owns the cache) ──► seal (a few threads) ──► send (one thread, in draft order)
 //! ```
 //!
-//! Whatever else goes to the target in order with the batches goes through the same [`Outbox`]. Every queue is short:
-//! what waits here when the guest stops lengthens the pause.
+//! Whatever else goes to the target in order with the batches goes through the same [`Outbox`]. There is little [`Room`]
+//! to wait in: what waits here when the guest stops lengthens the pause.
 
 use std::{
     sync::{
@@ -18,15 +18,20 @@ use std::{
 };
 
 use bytes::Bytes;
-use godwit_content::{Batch as SealedBatch, Chain, Compressor, Draft, Encoder, Tally, seal_bytes};
+use godwit_content::{
+    Batch as SealedBatch, Chain, Compressor, Draft, Encoder, LevelGovernor, Tally, Tried, seal_bytes,
+};
 use godwit_migration::mover::Taken;
 use xxhash_rust::xxh3::Xxh3Default;
 
-use super::stage::{Batch, SharedStage, StageError};
+use super::{
+    room::{PARCELS_MAX, Room},
+    stage::{Batch, SharedStage, StageError},
+};
 use crate::worker::STREAM_PIECE_BYTES_MAX;
 
-/// Drafts that wait for a free compressor, and parcels that wait for the link.
-const QUEUE_PARCELS: usize = 4;
+/// One batch of so many is sealed at the next higher level too, to see whether that pays.
+const TRIED_EVERY: u64 = 16;
 /// Level of zstd for QEMU's sections: they are small, and the guest waits for them.
 const STREAM_LEVEL: i32 = 3;
 /// Batches remembered for whoever learns from them; he looks many times a second.
@@ -34,7 +39,7 @@ const NEWS_MAX: usize = 65_536;
 
 /// Something for the target, in its place in the order.
 enum Parcel {
-    Sealing { batch: Receiver<SealedBatch>, taken: Taken },
+    Sealing { batch: Receiver<SealedBatch>, taken: Taken, weight_bytes: u64 },
     Ready { kind: u8, payload: Bytes },
 }
 
@@ -53,17 +58,28 @@ pub(super) struct LinkClosed;
 #[derive(Debug, Default)]
 pub(super) struct Account {
     left: Mutex<Left>,
-    waiting_parcels: AtomicU64,
+    room: Room,
     stream_bytes: AtomicU64,
     compressing_us: AtomicU64,
     waiting_for_link_us: AtomicU64,
     level: AtomicI32,
 }
 
+/// What sending has cost so far.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Efforts {
+    /// Time spent compressing, over all threads.
+    pub(super) compressing: Duration,
+    /// Time spent waiting for the link.
+    pub(super) waiting_for_link: Duration,
+    /// Batches that were sealed at two levels.
+    pub(super) tried: Tried,
+}
+
 #[derive(Debug, Default)]
 struct Left {
     tally: Tally,
-    batches: u64,
+    tried: Tried,
     /// Since somebody last asked.
     news: Vec<(Taken, u64)>,
 }
@@ -76,9 +92,11 @@ impl Account {
 
     /// Bytes that wait here to leave, as far as they can be known before they are compressed.
     pub(super) fn waiting_bytes(&self) -> u64 {
-        let left = self.left();
-        let mean = left.tally.encoded_bytes.checked_div(left.batches).unwrap_or_default();
-        mean * self.waiting_parcels.load(Ordering::Acquire)
+        let tally = self.tally();
+        let weighed = tally.literal_bytes + tally.delta_bytes;
+        let waiting = u128::from(self.room.waiting_bytes());
+        let encoded = waiting * u128::from(tally.encoded_bytes) / u128::from(weighed.max(1));
+        u64::try_from(encoded.min(waiting)).unwrap_or(u64::MAX)
     }
 
     /// The batches that left since the last call, and their encoded bytes.
@@ -86,10 +104,14 @@ impl Account {
         std::mem::take(&mut self.left().news)
     }
 
-    /// Processor time spent compressing, and time spent waiting for the link, so far.
-    pub(super) fn efforts(&self) -> (Duration, Duration) {
+    /// What sending has cost so far.
+    pub(super) fn efforts(&self) -> Efforts {
         let time = |us: &AtomicU64| Duration::from_micros(us.load(Ordering::Acquire));
-        (time(&self.compressing_us), time(&self.waiting_for_link_us))
+        Efforts {
+            compressing: time(&self.compressing_us),
+            waiting_for_link: time(&self.waiting_for_link_us),
+            tried: self.left().tried,
+        }
     }
 
     /// Sets the level at which later batches are compressed.
@@ -109,10 +131,15 @@ impl Account {
     fn batch_leaves(&self, batch: &SealedBatch, taken: Taken) {
         let mut left = self.left();
         left.tally += batch.tally;
-        left.batches += 1;
         if left.news.len() < NEWS_MAX {
             left.news.push((taken, batch.tally.encoded_bytes));
         }
+    }
+
+    fn tried(&self, tried: Tried) {
+        let sum = &mut self.left().tried;
+        sum.bytes += tried.bytes;
+        sum.bytes_above += tried.bytes_above;
     }
 
     fn left(&self) -> MutexGuard<'_, Left> {
@@ -132,32 +159,33 @@ impl Outbox {
     /// Starts `compressors` threads and the one that sends over `link`; batches get the frame kind `batch_kind`. They
     /// end when the last clone of the outbox is gone, or the link is closed.
     pub(super) fn start(link: impl Link, batch_kind: u8, compressors: usize, account: Arc<Account>) -> Self {
-        let (drafts, drafted) = mpsc::sync_channel(QUEUE_PARCELS);
-        let (parcels, queued) = mpsc::sync_channel(QUEUE_PARCELS);
+        let (drafts, drafted) = mpsc::sync_channel(PARCELS_MAX);
+        let (parcels, queued) = mpsc::sync_channel(PARCELS_MAX);
         let drafted = Arc::new(Mutex::new(drafted));
         for _ in 0..compressors.max(1) {
             let (drafted, account) = (drafted.clone(), account.clone());
             thread::spawn(move || compress(&drafted, &account));
         }
         let sending = account.clone();
-        thread::spawn(move || deliver(link, batch_kind, &queued, &sending));
+        thread::spawn(move || {
+            deliver(link, batch_kind, &queued, &sending);
+            sending.room.close();
+        });
         Self { drafts, parcels, account }
     }
 
     /// Puts a frame in its place behind everything before it.
     pub(super) fn put(&self, kind: u8, payload: Bytes) -> Result<(), LinkClosed> {
-        self.queue(Parcel::Ready { kind, payload })
+        self.account.room.enter(payload.len() as u64)?;
+        self.parcels.send(Parcel::Ready { kind, payload }).map_err(|_| LinkClosed)
     }
 
     fn put_draft(&self, draft: Draft, taken: Taken) -> Result<(), LinkClosed> {
+        let weight_bytes = draft.weight_bytes();
+        self.account.room.enter(weight_bytes)?;
         let (sealed, sealing) = mpsc::sync_channel(1);
         self.drafts.send((draft, sealed)).map_err(|_| LinkClosed)?;
-        self.queue(Parcel::Sealing { batch: sealing, taken })
-    }
-
-    fn queue(&self, parcel: Parcel) -> Result<(), LinkClosed> {
-        self.account.waiting_parcels.fetch_add(1, Ordering::AcqRel);
-        self.parcels.send(parcel).map_err(|_| LinkClosed)
+        self.parcels.send(Parcel::Sealing { batch: sealing, taken, weight_bytes }).map_err(|_| LinkClosed)
     }
 }
 
@@ -165,10 +193,19 @@ type Drafts = Receiver<(Draft, SyncSender<SealedBatch>)>;
 
 fn compress(drafts: &Mutex<Drafts>, account: &Account) {
     let mut compressor = Compressor::new();
-    loop {
+    for number in 1u64.. {
         let next = drafts.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).recv();
         let Ok((draft, sealed)) = next else { return };
-        let batch = timed(&account.compressing_us, || draft.seal(&mut compressor));
+        let level = account.level.load(Ordering::Acquire);
+        let above = LevelGovernor::above(level).filter(|_| number.is_multiple_of(TRIED_EVERY));
+        let batch = timed(&account.compressing_us, || {
+            let bytes_above = above.map(|above| draft.bytes_at(above, &mut compressor));
+            let batch = draft.seal(&mut compressor);
+            if let Some(bytes_above) = bytes_above {
+                account.tried(Tried { bytes: batch.tally.encoded_bytes, bytes_above });
+            }
+            batch
+        });
         // Nobody waits for it once the link is closed.
         let _ = sealed.send(batch);
     }
@@ -176,17 +213,19 @@ fn compress(drafts: &Mutex<Drafts>, account: &Account) {
 
 fn deliver(mut link: impl Link, batch_kind: u8, parcels: &Receiver<Parcel>, account: &Account) {
     while let Ok(parcel) = parcels.recv() {
-        let sent = match parcel {
+        let (sent, weight_bytes) = match parcel {
             Parcel::Ready { kind, payload } => {
-                timed(&account.waiting_for_link_us, || link.send(kind, payload))
+                let bytes = payload.len() as u64;
+                (timed(&account.waiting_for_link_us, || link.send(kind, payload)), bytes)
             }
-            Parcel::Sealing { batch, taken } => {
+            Parcel::Sealing { batch, taken, weight_bytes } => {
                 let Ok(batch) = batch.recv() else { return };
                 account.batch_leaves(&batch, taken);
-                timed(&account.waiting_for_link_us, || link.send(batch_kind, batch.bytes.into()))
+                let sent = timed(&account.waiting_for_link_us, || link.send(batch_kind, batch.bytes.into()));
+                (sent, weight_bytes)
             }
         };
-        account.waiting_parcels.fetch_sub(1, Ordering::AcqRel);
+        account.room.leave(weight_bytes);
         if sent.is_err() {
             return;
         }
