@@ -24,7 +24,7 @@ use nix::{
 
 use crate::{
     lab::{CLIENT_ADDRESS, Lab, Place},
-    observer::ObserverError,
+    observer::{BeatListener, ObserverError},
 };
 
 /// How often the listener looks whether it is still wanted.
@@ -53,8 +53,8 @@ pub struct Beat {
 pub struct BeatRecorder {
     address: SocketAddr,
     beats: Arc<Mutex<Vec<Beat>>>,
-    /// Keeps the port, so that the guest isn't told that nobody listens; never read.
-    _sink: UdpSocket,
+    /// Keeps the port, so that the guest isn't told that nobody listens; never read. `None`: somebody listens.
+    _sink: Option<UdpSocket>,
 }
 
 impl BeatRecorder {
@@ -63,8 +63,24 @@ impl BeatRecorder {
     /// # Errors
     /// When no socket can be had there.
     pub fn start(lab: &Lab) -> Result<BeatRecorder, ObserverError> {
-        let (sink, packets, ports) = lab.namespace(Place::Lan).run(open)??;
-        let address = sink.local_addr()?;
+        let sink = lab.namespace(Place::Lan).run(|| UdpSocket::bind((CLIENT_ADDRESS, 0)))??;
+        BeatRecorder::record(lab, sink.local_addr()?, Some(sink))
+    }
+
+    /// Sees the beats that `listener` takes.
+    ///
+    /// # Errors
+    /// When no socket can be had in the clients' namespace.
+    pub fn beside(lab: &Lab, listener: &BeatListener) -> Result<BeatRecorder, ObserverError> {
+        BeatRecorder::record(lab, listener.address(), None)
+    }
+
+    fn record(
+        lab: &Lab,
+        address: SocketAddr,
+        sink: Option<UdpSocket>,
+    ) -> Result<BeatRecorder, ObserverError> {
+        let (packets, ports) = lab.namespace(Place::Lan).run(open)??;
         let beats = Arc::new(Mutex::new(Vec::new()));
         let listener = Listener { packets, ports, port: address.port(), beats: Arc::downgrade(&beats) };
         std::thread::spawn(move || listener.run());
@@ -85,14 +101,13 @@ impl BeatRecorder {
 /// A port by its index, and the host behind it.
 type Port = (usize, Place);
 
-fn open() -> io::Result<(UdpSocket, OwnedFd, [Port; 2])> {
-    let sink = UdpSocket::bind((CLIENT_ADDRESS, 0))?;
+fn open() -> io::Result<(OwnedFd, [Port; 2])> {
     let packets =
         socket(AddressFamily::Packet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll)?;
     setsockopt(&packets, sockopt::ReceiveTimeout, &TimeVal::milliseconds(WAIT_MS))?;
     let port =
         |host: Place| Ok::<_, io::Error>((if_nametoindex(host.client_port().as_str())? as usize, host));
-    Ok((sink, packets, [port(Place::A)?, port(Place::B)?]))
+    Ok((packets, [port(Place::A)?, port(Place::B)?]))
 }
 
 struct Listener {

@@ -99,13 +99,12 @@ impl BeatListener {
         (seconds > 0.0).then(|| beats as f64 / seconds)
     }
 
-    /// The beginning and the end of the longest time without a beat between `from` and `to`.
-    pub fn longest_silence(&self, from: SystemTime, to: SystemTime) -> (SystemTime, SystemTime) {
+    /// The longest time without a beat between `from` and `to`.
+    pub fn largest_gap(&self, from: SystemTime, to: SystemTime) -> Duration {
         let arrivals = lock(&self.arrivals);
         let within = arrivals.iter().copied().filter(|at| (from..to).contains(at));
         let marks: Vec<SystemTime> = std::iter::once(from).chain(within).chain([to]).collect();
-        let silences = marks.windows(2).map(|pair| (pair[0], pair[1]));
-        silences.max_by_key(|(start, end)| since(*end, *start)).unwrap_or((from, to))
+        marks.windows(2).map(|pair| since(pair[1], pair[0])).max().unwrap_or_default()
     }
 }
 
@@ -214,13 +213,13 @@ mod tests {
     }
 
     #[test]
-    fn a_silence_reaches_to_the_ends_of_the_time_asked_for() {
+    fn a_gap_reaches_to_the_ends_of_the_time_asked_for() {
         let listener = BeatListener {
             address: ([127, 0, 0, 1], 9).into(),
             arrivals: Arc::new(Mutex::new([0, 10, 20, 90, 100].map(at).to_vec())),
         };
-        assert_eq!(listener.longest_silence(at(0), at(100)), (at(20), at(90)));
-        assert_eq!(listener.longest_silence(at(12), at(25)), (at(12), at(20)));
-        assert_eq!(listener.longest_silence(at(200), at(300)), (at(200), at(300)));
+        assert_eq!(listener.largest_gap(at(0), at(100)), Duration::from_millis(70));
+        assert_eq!(listener.largest_gap(at(0), at(25)), Duration::from_millis(10));
+        assert_eq!(listener.largest_gap(at(200), at(300)), Duration::from_millis(100));
     }
 }

@@ -25,8 +25,8 @@ silence in the guest's beat of 10 ms, as a client heard it. *Guest progress*: th
 that, the pause included, over those of the five seconds before; real programs count what they do instead (transactions, \
 changes, 32 KB compressed, answers). Where nothing is counted, as in `idle`, beats take their place, which says how long \
 the guest stood still but not how fast it was. *Responses*: a client asks the web server for a page every 10 ms, each time \
-over a new connection; the pause is the longest silence of the beat, and what was under way then is left out of the \
-percentile. *Forecast off by*: \
+over a new connection; the pause lasts from the last beat through the one host to the first through the other, and what was under way then is \
+left out of the percentile. *Forecast off by*: \
 median error of what was forecast before the first byte. *Floor*: the different pages of the moved guest's memory, zeros left \
 out, by zstd at the level with which godwit begins, 64 KiB at a time, worked out when the guest had arrived. *Emulator CPU*: \
 what the emulated link used of a core. *Busy*: what \

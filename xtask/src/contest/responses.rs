@@ -1,8 +1,8 @@
 //! How long a web server's clients wait: before a move, and during it but outside the pause.
 //!
-//! The pause here is what a client takes for it, whoever moves the guest: the longest silence in the guest's beat. Requests
-//! that were under way at any time of it are left out, as are those of that time that were never answered; how long they
-//! waited shows in the longest gap between two answers.
+//! The pause here is what a client takes for it, whoever moves the guest: from the last beat through the one host to the
+//! first through the other. Requests that were under way at any time of it are left out, as are those of that time that
+//! were never answered; how long they waited shows in the longest gap between two answers.
 
 use std::time::SystemTime;
 
@@ -29,13 +29,13 @@ impl Responses {
         exchanges: &[Exchange],
         before: SystemTime,
         moving: Span,
-        silence: Span,
+        pause: Span,
     ) -> Option<Responses> {
         let asked_in = |from: SystemTime, to: SystemTime| {
             exchanges.iter().filter(move |exchange| (from..to).contains(&exchange.asked))
         };
         let outside = |exchange: &&Exchange| {
-            exchange.asked >= silence.ended || exchange.answered.unwrap_or(exchange.asked) <= silence.started
+            exchange.asked >= pause.ended || exchange.answered.unwrap_or(exchange.asked) <= pause.started
         };
         let undisturbed = waits_ms(asked_in(before, moving.started));
         Some(Responses {

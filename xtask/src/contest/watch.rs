@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use godwit_sim::{
+    beats::{Beat, BeatRecorder},
     lab::{FIRST_GUEST_ADDRESS, Lab, Place, WireBytes},
     observer::{BeatListener, Progress},
     web_client::WebClient,
@@ -33,8 +34,8 @@ pub(super) struct Watch<'a> {
     lab: &'a Lab,
     beat: BeatListener,
     progress: Progress,
-    /// Asks the guest for pages, where it is a web server.
-    web: Option<WebClient>,
+    /// Where the guest is a web server: asks it for pages, and sees through which host its beat comes.
+    web: Option<(WebClient, BeatRecorder)>,
     /// The guest counts nothing, so that its pace is that of its beat.
     paced_by_beat: bool,
 }
@@ -54,8 +55,10 @@ impl<'a> Watch<'a> {
         let mut watch = Watch { lab: stage.lab, beat, progress, web: None, paced_by_beat: false };
         if let Load::Program(program) = stage.load {
             if program.serves_web {
-                let clients = stage.lab.namespace(Place::Lan);
-                watch.web = Some(WebClient::start(&clients, (GUEST_ADDRESS, WEB_PORT).into())?);
+                let recorder = BeatRecorder::beside(stage.lab, &watch.beat)?;
+                let server = (GUEST_ADDRESS, WEB_PORT).into();
+                let client = WebClient::start(&stage.lab.namespace(Place::Lan), server)?;
+                watch.web = Some((client, recorder));
             }
             watch.await_work().with_context(|| format!("{} doesn't work", program.name))?;
         }
@@ -86,8 +89,6 @@ impl<'a> Watch<'a> {
         sleep(AFTER);
         let usual = self.pace(span.started - BEFORE, span.started);
         let during = self.pace(span.started, span.ended);
-        let (started, ended) = self.beat.longest_silence(span.started, span.ended + AFTER / 2);
-        let silence = Span { started, ended };
         Ok(Outcome {
             contender,
             converged: false,
@@ -99,15 +100,20 @@ impl<'a> Watch<'a> {
                 .map(|(usual, during)| during / usual)
                 .filter(|ratio| ratio.is_finite()),
             memory_digest_equal: None,
-            largest_beat_gap: silence.ended.duration_since(silence.started).unwrap_or_default(),
+            largest_beat_gap: self.beat.largest_gap(span.started, span.ended + AFTER / 2),
             span,
             floor_bytes: None,
-            responses: self
-                .web
-                .as_ref()
-                .and_then(|web| Responses::of(&web.exchanges(), span.started - BEFORE, span, silence)),
+            responses: self.responses(span),
             predicted: Prediction::default(),
         })
+    }
+
+    /// What the clients of the guest's web server saw.
+    fn responses(&self, span: Span) -> Option<Responses> {
+        let (client, recorder) = self.web.as_ref()?;
+        let no_pause = Span { started: span.ended, ended: span.ended };
+        let pause = crossing(&recorder.take()).unwrap_or(no_pause);
+        Responses::of(&client.exchanges(), span.started - BEFORE, span, pause)
     }
 
     /// Writes, or beats, a second.
@@ -121,7 +127,30 @@ impl<'a> Watch<'a> {
     }
 }
 
+/// From the last beat through host a to the first one through host b; `None`: the guest isn't there.
+fn crossing(beats: &[Beat]) -> Option<Span> {
+    let first = beats.iter().position(|beat| beat.from == Place::B)?;
+    let last = first.checked_sub(1)?;
+    Some(Span { started: beats[last].at, ended: beats[first].at })
+}
+
 /// Milliseconds from one moment to a later one.
 pub(super) fn milliseconds(earlier: SystemTime, later: SystemTime) -> f64 {
     later.duration_since(earlier).unwrap_or_default().as_secs_f64() * 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_crosses_between_its_last_beat_here_and_its_first_there() {
+        let at = |milliseconds| SystemTime::UNIX_EPOCH + Duration::from_millis(milliseconds);
+        let beat = |number, from, milliseconds| Beat { number, boot: 9, from, at: at(milliseconds) };
+        let beats =
+            [beat(1, Place::A, 10), beat(2, Place::A, 90), beat(3, Place::B, 130), beat(4, Place::B, 400)];
+        let span = crossing(&beats).unwrap();
+        assert_eq!((span.started, span.ended), (at(90), at(130)));
+        assert!(crossing(&beats[..2]).is_none() && crossing(&beats[2..]).is_none());
+    }
 }
