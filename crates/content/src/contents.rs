@@ -1,12 +1,13 @@
 //! The contents of the base cache's slots, within a bound: whole while there is room, packed by zstd where there isn't.
 //!
 //! ```text
-//!   put ──► whole ──no room for another──► packed          (get unpacks into a buffer of its own)
-//!                  the oldest first   └──► dense, if packing saves too little; stays whole
+//!   put ──► whole ──half of the room taken──► packed          (get unpacks into a buffer of its own)
+//!                  the oldest first      └──► dense, if packing saves too little; stays whole
 //! ```
 //!
 //! Packing a page costs about 13 µs of one core and unpacking 5, and both only happen where memory is short; what the
-//! link has to carry for a page without a base takes several times as long even at 1 Gbit/s.
+//! link has to carry for a page without a base takes several times as long even at 1 Gbit/s. It begins early, a page for
+//! each that comes, so that it doesn't hold up the link all at once when there is no room left.
 
 use std::collections::VecDeque;
 
@@ -89,9 +90,13 @@ impl Contents {
     /// Puts a block into a slot, in place of what is there; false if there is no room for it: the slot is empty then.
     pub(crate) fn put(&mut self, slot: u32, content: &Block) -> bool {
         self.clear(slot);
+        if self.used_bytes > self.limit_bytes / 2 {
+            self.pack_oldest();
+        }
         while self.used_bytes + Self::WHOLE_BYTES > self.limit_bytes {
-            let Some(oldest) = self.whole.pop_front() else { return false };
-            self.pack(oldest);
+            if !self.pack_oldest() {
+                return false;
+            }
         }
         self.fill(slot, content);
         if !std::mem::replace(&mut self.slots[slot as usize].is_queued, true) {
@@ -114,13 +119,19 @@ impl Contents {
         self.used_bytes = self.used_bytes + allocated(bytes.len()) - allocated(before.len());
     }
 
-    /// Packs what is whole; the slot leaves the queue.
-    fn pack(&mut self, slot: u32) {
+    /// Packs what has been whole for longest; false: there is nothing that might pack.
+    fn pack_oldest(&mut self) -> bool {
+        let Some(slot) = self.whole.pop_front() else { return false };
         let at = slot as usize;
         self.slots[at].is_queued = false;
-        if self.slots[at].bytes.len() < BLOCK_BYTES || self.slots[at].is_dense {
-            return;
+        if self.slots[at].bytes.len() == BLOCK_BYTES && !self.slots[at].is_dense {
+            self.pack(slot);
         }
+        true
+    }
+
+    fn pack(&mut self, slot: u32) {
+        let at = slot as usize;
         let packed = self.compressor.compress(LEVEL, &self.slots[at].bytes).map(Box::<[u8]>::from);
         match packed.filter(|packed| packed.len() <= PACKED_BYTES_MAX) {
             Some(packed) => self.fill(slot, &packed),

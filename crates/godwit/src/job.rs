@@ -82,6 +82,7 @@ impl Job {
             total_ms: 0,
             downtime_ms: None,
             downtime_source_ms: None,
+            resumed_unix_ms: None,
             round_trip_ms: None,
             predicted_downtime_ms: None,
             forecast: self.forecast.clone(),
@@ -386,6 +387,9 @@ pub(crate) struct Report {
     pub downtime_ms: Option<f64>,
     /// STOP at the source to the arrival of the target's "running", less half a round trip; one clock.
     pub downtime_source_ms: Option<f64>,
+    /// When the guest ran at the target, by the target's clock.
+    #[serde(default)]
+    pub resumed_unix_ms: Option<u64>,
     /// Smallest round trip seen by the session.
     pub round_trip_ms: Option<f64>,
     /// What the prediction said when the stop was decided.

@@ -315,6 +315,7 @@ mod tests {
             total_ms: 14_200,
             downtime_ms: Some(9.5),
             downtime_source_ms: Some(19.0),
+            resumed_unix_ms: None,
             round_trip_ms: Some(20.1),
             predicted_downtime_ms: Some(31),
             forecast: None,

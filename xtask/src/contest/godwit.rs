@@ -30,8 +30,9 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     let before = watch.wire_bytes()?;
     let started = SystemTime::now();
     let report = migrate(stage, &hosts, &hosts.a, &hosts.b, "digest");
-    let ended = SystemTime::now();
-    let mut outcome = watch.outcome(name, Span { started, ended }, before)?;
+    let ended = report.as_ref().ok().and_then(|report| resumed(report.as_ref()?));
+    let span = Span { started, ended: ended.unwrap_or_else(SystemTime::now) };
+    let mut outcome = watch.outcome(name, span, before)?;
     let Some(report) = report? else { return Ok(outcome) };
     outcome.converged = true;
     outcome.downtime_ms = report["downtime_ms"].as_f64();
@@ -93,6 +94,11 @@ fn await_end(mut command: Child, limit: Duration) -> Result<Option<bool>> {
     }
 }
 
+/// When the guest ran at the target, as for QEMU's contenders: by the event of the target's QEMU.
+fn resumed(report: &Value) -> Option<SystemTime> {
+    report["resumed_unix_ms"].as_u64().map(|ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms))
+}
+
 /// What the report says was forecast before the first byte.
 fn prediction(report: &Value) -> Prediction {
     let likely = |figure: &str| report["forecast"][figure]["likely"].as_u64();
@@ -104,6 +110,13 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_guest_s_arrival_is_read_where_it_is_told() {
+        let told = json!({ "resumed_unix_ms": 1_500 });
+        assert_eq!(resumed(&told), Some(SystemTime::UNIX_EPOCH + Duration::from_millis(1_500)));
+        assert_eq!(resumed(&json!({ "resumed_unix_ms": null })), None);
+    }
 
     #[test]
     fn a_forecast_is_read_where_there_is_one() {

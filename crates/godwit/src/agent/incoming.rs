@@ -25,7 +25,7 @@ use tokio::{
 };
 
 use super::{
-    Agent, accelerator,
+    Agent,
     admission::admit,
     api::Body,
     check::processor,
@@ -144,26 +144,26 @@ impl Agent {
         let spec = self.judge(peer, &request)?;
         self.look_at_files(&spec).await?;
         let directory = self.state.machine(&spec.name);
-        let qemu_version = accelerator::emulator_version(&self.emulator)
-            .await
-            .map_err(|error| AgentError::Start(format!("{}: {error}", self.emulator.display())))?;
         let mut job = self.job(peer, &request, spec, &directory);
         let claim = self.busy.claim(&job.spec.name, &doing(&job))?;
         self.room_for(&directory, &job, request.memory_bytes)?;
         launch::clear(&directory).await;
         let started = async {
             let running = self.receive_into(&directory, &job.spec).await?;
-            let processor = processor(&monitor(&directory, &running).await?).await;
-            Ok::<_, AgentError>((running.process.pid, processor))
+            let monitor = monitor(&directory, &running).await?;
+            let qemu_version = monitor.query_version().await?.to_string();
+            Ok::<_, AgentError>((running.process.pid, monitor, qemu_version))
         };
         let started = started.await;
         if started.is_err() {
             self.abandon(&job.spec.name).await;
         }
-        let (pid, processor) = started?;
+        let (pid, monitor, qemu_version) = started?;
         job.pid = pid;
         job.spec = directory.spec()?;
-        self.start_receiving(job, claim).await?;
+        // QEMU answers some hundred questions about its processor while the worker starts.
+        let (receiving, processor) = tokio::join!(self.start_receiving(job, claim), processor(&monitor));
+        receiving?;
         Ok(IncomingReady { qemu_version, processor })
     }
 

@@ -56,9 +56,10 @@ impl Agent {
         Store::open(directory.path()).save(&record, Durability::Synced)?;
         let version = monitor.query_version().await?;
         let outlook = self.look_ahead(&monitor, &job, &peer).await;
-        let here = processor(&monitor).await;
+        let request = offer(&job, version.to_string());
+        let (here, ready) = tokio::join!(processor(&monitor), self.offer(&peer, &request));
         drop(monitor);
-        let ready = self.offer(&peer, &offer(&job, version.to_string())).await?;
+        let ready = ready?;
         if let Err(refusal) = compare(&job, here.as_ref(), ready.processor.as_ref()) {
             self.withdraw(&peer, &job.id).await;
             return Err(refusal.into());

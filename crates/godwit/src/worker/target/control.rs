@@ -271,6 +271,7 @@ impl<'a> Control<'a> {
     }
 
     fn note_downtime(&mut self, resumed_unix_us: u64) {
+        self.draft.report.resumed_unix_ms = Some(resumed_unix_us / 1_000);
         let stopped_unix_us = self.token.as_ref().map_or(0, |token| token.stopped_unix_us);
         if stopped_unix_us > 0 {
             let at_most_ms = self.draft.elapsed_ms() as f64;

@@ -63,6 +63,7 @@ impl Control<'_> {
     fn handed_over(&mut self, resumed_unix_us: Option<u64>) {
         self.draft.completed();
         let report = &mut self.draft.report;
+        report.resumed_unix_ms = resumed_unix_us.map(|resumed| resumed / 1_000);
         if let Some(stopped_at) = self.stop.stopped_at {
             let heard_ms = stopped_at.elapsed().as_secs_f64() * 1e3;
             let travel_ms = report.round_trip_ms.unwrap_or_default() / 2.0;
