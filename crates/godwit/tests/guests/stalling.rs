@@ -1,7 +1,7 @@
 //! A guest that outruns its link, and what can be done about it. What judges reads the control groups as the kernel has
 //! them.
 
-use std::{fs, path::PathBuf};
+use std::{fs, path::PathBuf, thread, time::Duration};
 
 use serde_json::Value;
 
@@ -38,6 +38,26 @@ fn a_stall_ends_as_was_chosen() {
     // The prediction may have grown again between the word to stop and the stop; unslowed it is of seconds.
     assert!(report["predicted_downtime_ms"].as_u64().unwrap() <= 800, "{report}");
     assert!(!slowed.exists());
+    hosts.only_at(&hosts.b);
+    guest.goes_on();
+}
+
+/// What the policy said was of a link that carried; a guest that is stopped while it doesn't stands still until it does.
+#[test]
+fn no_guest_is_stopped_while_nothing_is_heard_of_the_target() {
+    let hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan::PATTERN);
+    let migration = begin(&hosts, &["--on-stall", "wait"]);
+    eventually("the prices are told", || migration.events().contains("switching now would pause"));
+    hosts.lab.cut();
+    eventually("the operator hears of it", || migration.events().contains("nothing is heard of b"));
+    hosts.a.godwit(&["set-on-stall", &migration.id, "switch"]).succeeds();
+    // Longer than the policy is patient in all.
+    thread::sleep(Duration::from_secs(15));
+    guest.goes_on();
+    hosts.lab.restore();
+    let (code, report) = migration.ends();
+    assert_eq!(code, 0, "{report}");
     hosts.only_at(&hosts.b);
     guest.goes_on();
 }

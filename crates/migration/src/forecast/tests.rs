@@ -169,6 +169,15 @@ proptest! {
     }
 
     #[test]
+    fn nothing_is_faster_than_the_link(memory in any_memory(), link in any_link()) {
+        let course = foreseen(&memory, &link);
+        let whole_bytes = memory.pages as f64 * (1.0 - memory.zero_share) * memory.whole_bytes;
+        prop_assert!(course.wire_bytes >= whole_bytes * (1.0 - 1e-6), "{:?}", course);
+        prop_assert!(course.total_ms >= whole_bytes / link.rate_bytes_per_second * 1e3, "{:?}", course);
+        prop_assert!(course.downtime_ms >= link.round_trip_ms / 2.0, "{:?}", course);
+    }
+
+    #[test]
     fn more_to_send_or_a_slower_link_is_never_better(
         memory in any_memory(), link in any_link(), factor in 1.0..10.0
     ) {
