@@ -83,7 +83,7 @@ impl Contents {
             let unpacked = self.decompressor.unpack(bytes, &mut self.unpacked[..]);
             self.unpacked_slot = unpacked.then_some(slot);
         }
-        // Not to be had back it is as good as empty; nothing packed here ever was.
+        // What can't be unpacked is as good as not there, though what was packed here always can.
         self.unpacked_slot.map(|_| &*self.unpacked)
     }
 

@@ -1,5 +1,7 @@
 //! The parallel half of the source: what a draft becomes on the wire.
 
+use std::iter;
+
 use crate::bases::Reference;
 use crate::batch::{Columns, Form, Header, SubForm, SubForms};
 use crate::compress::Compressor;
@@ -9,6 +11,7 @@ use crate::{BLOCK_BYTES, Block, BlockId, Chain, SUB_BLOCK_BYTES, SUB_BLOCKS, Sub
 /// Blocks whose forms are decided, all but one question: whether a long delta is really shorter than the compressed
 /// content. Owns what it needs, so that any thread can [`seal`](Draft::seal) it.
 pub struct Draft {
+    /// Of all blocks, or nothing if none of them needs its content.
     pub(crate) contents: Vec<u8>,
     pub(crate) outline: Outline,
     /// The running digest after this batch.
@@ -113,9 +116,10 @@ impl Draft {
     fn assemble(&self, level: Option<i32>, columns: &mut Columns, compressor: &mut Compressor) -> Tally {
         columns.clear();
         columns.references.extend_from_slice(&self.outline.references);
-        let mut tally = Tally { raw_bytes: self.contents.len() as u64, ..Tally::default() };
+        let mut tally = Tally { raw_bytes: (self.blocks() * BLOCK_BYTES) as u64, ..Tally::default() };
         let mut deltas = Cursor::new(&self.outline.deltas);
-        for (block, content) in self.outline.blocks.iter().zip(self.contents.as_chunks::<BLOCK_BYTES>().0) {
+        let contents = self.contents.as_chunks().0.iter().chain(iter::repeat(&[0; BLOCK_BYTES]));
+        for (block, content) in self.outline.blocks.iter().zip(contents) {
             let delta = deltas.take(block);
             let sub_forms = match level {
                 Some(level) if block.delta_cost >= CONTESTED_BYTES => {

@@ -134,7 +134,12 @@ impl Encoder {
         }
         self.chain = self.link.finish();
         let level = self.techniques.compress.then_some(self.level);
-        Draft { contents, outline, chain: self.chain, level }
+        let mut draft = Draft { contents, outline, chain: self.chain, level };
+        if draft.weight_bytes() == 0 {
+            // Many such drafts may wait, so that none keeps 256 KiB of zeros.
+            draft.contents = Vec::new();
+        }
+        draft
     }
 
     /// The order of techniques that did best: zero, seen before, delta, literal.

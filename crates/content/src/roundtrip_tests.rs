@@ -361,3 +361,15 @@ fn a_block_beyond_the_end_is_refused() {
     let refusal = decoder.decode(&batch.bytes, &mut pair.target);
     assert!(matches!(refusal, Err(DecodeError::OutOfRange { id: BlockId(11), block_count: 11 })));
 }
+
+#[test]
+fn a_draft_that_waits_with_nothing_to_send_keeps_no_contents() {
+    let mut encoder = Encoder::new(EncoderLimits { base_bytes: 1 << 20, level: 1 });
+    let blocks: Vec<_> = (0..64).map(|id| BlockVersion { id: BlockId(id), hot: false }).collect();
+    let zeros = encoder.draft(&blocks, vec![0; 64 * BLOCK_BYTES]);
+    assert_eq!((zeros.weight_bytes(), zeros.contents.len()), (0, 0));
+    let sealed = zeros.seal(&mut Compressor::new());
+    assert_eq!((sealed.tally.zero_blocks, sealed.tally.raw_bytes), (64, 64 * BLOCK_BYTES as u64));
+    let one = encoder.draft(&blocks[..1], noise(1).to_vec());
+    assert_eq!((one.weight_bytes(), one.contents.len()), (BLOCK_BYTES as u64, BLOCK_BYTES));
+}
