@@ -171,6 +171,14 @@ mod tests {
     }
 
     #[test]
+    fn packing_begins_when_half_of_the_room_is_taken_with_the_oldest() {
+        let mut contents = contents(8);
+        (0..8).for_each(|slot| assert!(contents.put(slot, &text(slot as u8))));
+        let is_whole = |slot: &u32| contents.slots[*slot as usize].bytes.len() == BLOCK_BYTES;
+        assert_eq!((0..8).filter(is_whole).collect::<Vec<_>>(), [3, 4, 5, 6, 7]);
+    }
+
+    #[test]
     fn what_does_not_pack_fills_the_room_and_is_not_tried_again() {
         let mut contents = contents(4);
         (0..4).for_each(|slot| assert!(contents.put(slot, &noise(u64::from(slot)))));

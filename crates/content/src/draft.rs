@@ -6,7 +6,10 @@ use crate::bases::Reference;
 use crate::batch::{Columns, Form, Header, SubForm, SubForms};
 use crate::compress::Compressor;
 use crate::delta::{Deltas, RUN_BYTES};
-use crate::{BLOCK_BYTES, Block, BlockId, Chain, SUB_BLOCK_BYTES, SUB_BLOCKS, SubBlock, Tally, sub_blocks};
+use crate::{
+    BLOCK_BYTES, Block, BlockId, Chain, LevelGovernor, SUB_BLOCK_BYTES, SUB_BLOCKS, SubBlock, Tally,
+    sub_blocks,
+};
 
 /// Blocks whose forms are decided, all but one question: whether a long delta is really shorter than the compressed
 /// content. Owns what it needs, so that any thread can [`seal`](Draft::seal) it.
@@ -73,13 +76,14 @@ impl Draft {
     }
 
     /// Compresses the batch. The result depends on the draft alone, not on what the compressor did before.
-    pub fn seal(self, compressor: &mut Compressor) -> Batch {
+    pub fn seal(&self, compressor: &mut Compressor) -> Batch {
         self.sealed(self.level, compressor)
     }
 
-    /// What the batch would take at another level of zstd, in bytes.
-    pub fn bytes_at(&self, level: i32, compressor: &mut Compressor) -> u64 {
-        self.sealed(self.level.and(Some(level)), compressor).tally.encoded_bytes
+    /// What the batch would take at the next higher level, in bytes; `None`: there is none, or nothing is compressed.
+    pub fn bytes_above(&self, compressor: &mut Compressor) -> Option<u64> {
+        let above = LevelGovernor::above(self.level?)?;
+        Some(self.sealed(Some(above), compressor).tally.encoded_bytes)
     }
 
     /// What there is to compress, about; pages of zeros and references are nothing.

@@ -363,6 +363,27 @@ fn a_block_beyond_the_end_is_refused() {
 }
 
 #[test]
+fn a_draft_is_tried_at_the_next_level_and_sealed_at_its_own() {
+    let words = |position: usize| (position / 7 * position / 11 % 251) as u8;
+    let contents: Vec<u8> = (0..64 * BLOCK_BYTES).map(words).collect();
+    let blocks: Vec<_> = (0..64).map(|id| BlockVersion { id: BlockId(id), hot: false }).collect();
+    let draft = |level, compress| {
+        let mut encoder = Encoder::new(EncoderLimits { base_bytes: 0, level });
+        encoder.set_techniques(Techniques { compress, ..Techniques::ALL });
+        encoder.draft(&blocks, contents.clone())
+    };
+    let mut compressor = Compressor::new();
+    let above = draft(6, true).seal(&mut compressor).tally.encoded_bytes;
+    let own = draft(3, true).seal(&mut compressor).tally.encoded_bytes;
+    assert_ne!(own, above);
+    let tried = draft(3, true);
+    assert_eq!(tried.bytes_above(&mut compressor), Some(above));
+    assert_eq!(tried.seal(&mut compressor).tally.encoded_bytes, own);
+    assert_eq!(draft(9, true).bytes_above(&mut compressor), None);
+    assert_eq!(draft(3, false).bytes_above(&mut compressor), None);
+}
+
+#[test]
 fn a_draft_that_waits_with_nothing_to_send_keeps_no_contents() {
     let mut encoder = Encoder::new(EncoderLimits { base_bytes: 1 << 20, level: 1 });
     let blocks: Vec<_> = (0..64).map(|id| BlockVersion { id: BlockId(id), hot: false }).collect();

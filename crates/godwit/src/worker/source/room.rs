@@ -24,14 +24,16 @@ struct Taken {
     is_closed: bool,
 }
 
+impl Taken {
+    fn has_room(&self, bytes: u64) -> bool {
+        self.parcels == 0 || self.bytes + bytes <= BYTES_MAX && self.parcels < PARCELS_MAX
+    }
+}
+
 impl Room {
     /// Waits until there is room for a parcel; one that is too large for any room gets in when it is empty.
     pub(super) fn enter(&self, bytes: u64) -> Result<(), LinkClosed> {
-        let is_full = |taken: &mut Taken| {
-            let too_much = taken.bytes + bytes > BYTES_MAX || taken.parcels >= PARCELS_MAX;
-            !taken.is_closed && taken.parcels > 0 && too_much
-        };
-        let taken = self.changed.wait_while(self.lock(), is_full);
+        let taken = self.changed.wait_while(self.lock(), |taken| !taken.is_closed && !taken.has_room(bytes));
         let mut taken = taken.unwrap_or_else(PoisonError::into_inner);
         if taken.is_closed {
             return Err(LinkClosed);
@@ -72,27 +74,23 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_weighs_nothing_always_gets_in_up_to_a_number() {
-        let room = Room::default();
-        room.enter(BYTES_MAX).unwrap();
-        (1..PARCELS_MAX).for_each(|_| room.enter(0).unwrap());
-        assert_eq!(room.waiting_bytes(), BYTES_MAX);
-        let room = Arc::new(room);
-        let waiting = room.clone();
-        let late = thread::spawn(move || waiting.enter(0));
-        room.leave(0);
-        late.join().unwrap().unwrap();
+    fn there_is_room_for_so_many_bytes_and_parcels_and_for_anything_alone() {
+        let taken = |bytes, parcels| Taken { bytes, parcels, is_closed: false };
+        assert!(taken(0, 0).has_room(2 * BYTES_MAX));
+        assert!(!taken(1, 1).has_room(BYTES_MAX) && taken(1, 1).has_room(BYTES_MAX - 1));
+        // What weighs nothing needs a place all the same.
+        assert!(taken(BYTES_MAX, PARCELS_MAX - 1).has_room(0) && !taken(BYTES_MAX, PARCELS_MAX).has_room(0));
     }
 
     #[test]
-    fn a_parcel_larger_than_the_room_waits_until_it_is_empty() {
+    fn who_waits_gets_in_when_another_leaves() {
         let room = Arc::new(Room::default());
-        room.enter(1).unwrap();
+        room.enter(BYTES_MAX).unwrap();
         let waiting = room.clone();
-        let large = thread::spawn(move || waiting.enter(2 * BYTES_MAX));
-        room.leave(1);
-        large.join().unwrap().unwrap();
-        assert_eq!(room.waiting_bytes(), 2 * BYTES_MAX);
+        let late = thread::spawn(move || waiting.enter(1));
+        room.leave(BYTES_MAX);
+        late.join().unwrap().unwrap();
+        assert_eq!(room.waiting_bytes(), 1);
     }
 
     #[test]

@@ -18,9 +18,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use godwit_content::{
-    Batch as SealedBatch, Chain, Compressor, Draft, Encoder, LevelGovernor, Tally, Tried, seal_bytes,
-};
+use godwit_content::{Batch as SealedBatch, Chain, Compressor, Draft, Encoder, Tally, Tried, seal_bytes};
 use godwit_migration::mover::Taken;
 use xxhash_rust::xxh3::Xxh3Default;
 
@@ -196,18 +194,15 @@ fn compress(drafts: &Mutex<Drafts>, account: &Account) {
     for number in 1u64.. {
         let next = drafts.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).recv();
         let Ok((draft, sealed)) = next else { return };
-        let level = account.level.load(Ordering::Acquire);
-        let above = LevelGovernor::above(level).filter(|_| number.is_multiple_of(TRIED_EVERY));
-        let batch = timed(&account.compressing_us, || {
-            let bytes_above = above.map(|above| draft.bytes_at(above, &mut compressor));
-            let batch = draft.seal(&mut compressor);
-            if let Some(bytes_above) = bytes_above {
-                account.tried(Tried { bytes: batch.tally.encoded_bytes, bytes_above });
-            }
-            batch
-        });
+        let batch = timed(&account.compressing_us, || draft.seal(&mut compressor));
+        let bytes = batch.tally.encoded_bytes;
         // Nobody waits for it once the link is closed.
         let _ = sealed.send(batch);
+        if number.is_multiple_of(TRIED_EVERY)
+            && let Some(bytes_above) = timed(&account.compressing_us, || draft.bytes_above(&mut compressor))
+        {
+            account.tried(Tried { bytes, bytes_above });
+        }
     }
 }
 
@@ -338,5 +333,95 @@ impl StreamCourier {
     /// The sum of what was sent so far.
     pub(super) fn sum(&self) -> StreamSum {
         StreamSum { bytes: self.bytes, digest: self.digest.digest128().to_le_bytes() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_content::{BLOCK_BYTES, BlockId, BlockVersion, EncoderLimits};
+
+    use super::*;
+
+    const BATCH: u8 = 7;
+    const HANGS_AFTER: Duration = Duration::from_secs(30);
+
+    /// A link that takes a frame when it is asked for.
+    struct Slow(SyncSender<(u8, Bytes)>);
+
+    impl Link for Slow {
+        fn send(&mut self, kind: u8, payload: Bytes) -> Result<(), LinkClosed> {
+            self.0.send((kind, payload)).map_err(|_| LinkClosed)
+        }
+    }
+
+    fn outbox() -> (Outbox, Receiver<(u8, Bytes)>, Arc<Account>) {
+        let (link, frames) = mpsc::sync_channel(0);
+        let account = Arc::new(Account::default());
+        (Outbox::start(Slow(link), BATCH, 1, account.clone()), frames, account)
+    }
+
+    /// A page that half compresses.
+    fn page(number: u64) -> [u8; BLOCK_BYTES] {
+        let mut random = number;
+        std::array::from_fn(|_| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            b'a' + (random >> 60) as u8
+        })
+    }
+
+    fn encoder() -> Encoder {
+        Encoder::new(EncoderLimits { base_bytes: 0, level: 3 })
+    }
+
+    fn draft(encoder: &mut Encoder, number: u64) -> Draft {
+        let version = BlockVersion { id: BlockId(number), hot: false };
+        encoder.draft(&[version], page(number).to_vec())
+    }
+
+    #[test]
+    fn one_batch_of_so_many_is_tried_and_all_leave_in_order() {
+        let (outbox, frames, account) = outbox();
+        let (mut drafts, mut sealed) = (encoder(), encoder());
+        let mut compressor = Compressor::new();
+        for number in 0..=TRIED_EVERY {
+            outbox.put_draft(draft(&mut drafts, number), Taken::default()).unwrap();
+            let expected = draft(&mut sealed, number).seal(&mut compressor).bytes;
+            assert_eq!(frames.recv().unwrap(), (BATCH, expected.into()));
+        }
+        // The last was compressed after the one before it had been tried.
+        let Tried { bytes, bytes_above } = account.efforts().tried;
+        assert!(bytes > 0 && bytes_above > 0, "{bytes} {bytes_above}");
+        assert!(bytes < BLOCK_BYTES as u64, "more than one was tried: {bytes} bytes");
+    }
+
+    #[test]
+    fn what_waits_is_expected_to_shrink_like_what_left() {
+        let (outbox, frames, account) = outbox();
+        let mut encoder = encoder();
+        outbox.put_draft(draft(&mut encoder, 0), Taken::default()).unwrap();
+        frames.recv().unwrap();
+        let tally = account.tally();
+        assert!(tally.encoded_bytes < BLOCK_BYTES as u64 * 3 / 4);
+        while account.room.waiting_bytes() > 0 {
+            thread::yield_now();
+        }
+        account.room.enter(10 * BLOCK_BYTES as u64).unwrap();
+        assert_eq!(account.waiting_bytes(), 10 * tally.encoded_bytes);
+    }
+
+    #[test]
+    fn a_link_that_closes_ends_whoever_waits_for_room() {
+        let (outbox, frames, _account) = outbox();
+        let fills_the_room = Bytes::from(vec![0; 1 << 20]);
+        outbox.put(BATCH, fills_the_room.clone()).unwrap();
+        let (tell, told) = mpsc::channel();
+        for _ in 0..2 {
+            let (outbox, payload, tell) = (outbox.clone(), fills_the_room.clone(), tell.clone());
+            thread::spawn(move || tell.send(outbox.put(BATCH, payload)));
+        }
+        drop(frames);
+        for _ in 0..2 {
+            assert!(told.recv_timeout(HANGS_AFTER).unwrap().is_err());
+        }
     }
 }
