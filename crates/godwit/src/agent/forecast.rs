@@ -59,6 +59,10 @@ impl Agent {
 
     /// What the migration will take, if the guest's memory could be looked at and the link is known.
     pub(super) async fn foresee(&self, job: &Job, outlook: Outlook) -> Option<Forecast> {
+        if !job.options.without.is_empty() {
+            // The model and the history are of migrations that use everything.
+            return None;
+        }
         let began = Instant::now();
         let sample = outlook.sampling?.newest().await?;
         let Measured { rate_bytes_per_second: measured, round_trip_ms } = match outlook.link {
@@ -82,7 +86,8 @@ impl Agent {
 
     /// Keeps what became of a migration that this host sent, for the next forecast.
     pub(super) fn remember(&self, job: &Job, report: &Report, rate_bytes_per_second: u64) {
-        if (job.role, report.outcome) != (Role::Source, Outcome::Completed) {
+        let is_telling = job.options.without.is_empty();
+        if (job.role, report.outcome) != (Role::Source, Outcome::Completed) || !is_telling {
             return;
         }
         // The last that was measured may be of a guest with little to send; on average it carried at least this.

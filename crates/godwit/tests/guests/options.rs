@@ -29,7 +29,6 @@ fn a_pc_with_all_devices_travels_in_every_way() {
             &["--connections", "4"],
             &["--stop-policy", "smart-stop"],
             &["--early-announce", "--base-limit", "1M"],
-            &["--without", "zero,reference,sub-block,delta,compress"],
         ],
     );
 }
@@ -40,6 +39,22 @@ fn a_q35_with_all_devices_travels_in_every_way() {
         Plan { machine: "q35", all_devices: true, ..Plan::LIGHT },
         &[&[], &["--inline", "--connections", "4"], &["--stop-policy", "smart-stop", "--verify", "full"]],
     );
+}
+
+#[test]
+fn what_is_left_out_is_not_done_and_teaches_nothing() {
+    let hosts = Hosts::new();
+    let guest = Guest::boot(&hosts, Plan::LIGHT);
+    let report = migrate(&hosts.a, &hosts.b, &["--without", "zero,reference,sub-block,delta,compress"]);
+    let sent = &report["techniques"];
+    for technique in ["zero_pages", "reference_pages", "partial_reference_pages", "delta_pages"] {
+        assert_eq!(sent[technique], 0, "{technique}: {report}");
+    }
+    assert!(sent["batch_bytes"].as_u64() >= sent["literal_bytes"].as_u64(), "{report}");
+    assert!(report["forecast"].is_null(), "{report}");
+    assert_eq!(hosts.a.godwit(&["history"]).succeeds()["entries"], serde_json::json!([]));
+    hosts.only_at(&hosts.b);
+    guest.goes_on();
 }
 
 /// The hosts' interfaces tell the rate. The factor of the limits is 8; what is asked of the rates leaves room for a
