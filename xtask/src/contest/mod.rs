@@ -9,7 +9,7 @@ use godwit_sim::{
 
 mod contender;
 pub(crate) mod cores;
-pub(crate) mod floor;
+mod floor;
 mod godwit;
 pub(crate) mod hosts;
 mod outcome;
