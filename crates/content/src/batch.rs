@@ -15,6 +15,8 @@ pub(crate) enum Form {
     Delta,
     Literal,
     Mixed,
+    /// A literal that zstd would only slow down.
+    Dense,
 }
 
 /// How a sub-block is sent.
@@ -38,7 +40,10 @@ pub(crate) struct Columns {
     /// One for each [`Form::Reference`] and each [`SubForm::Reference`], in order.
     pub(crate) references: Vec<Reference>,
     pub(crate) deltas: Deltas,
+    /// To be compressed.
     pub(crate) literals: Vec<u8>,
+    /// Of each [`Form::Dense`], to be left as it is.
+    pub(crate) dense: Vec<u8>,
 }
 
 /// The fixed start of a batch.
@@ -49,8 +54,7 @@ pub(crate) struct Header {
     pub(crate) chain: Chain,
 }
 
-/// The only format so far.
-const FORMAT: u8 = 1;
+const FORMAT: u8 = 2;
 
 const HEADER_BYTES: usize = 18;
 
@@ -62,7 +66,7 @@ const BATCH_SUB_BLOCKS: usize = BATCH_BLOCKS * SUB_BLOCKS;
 pub(crate) const CONTROL_LIMIT_BYTES: usize =
     BATCH_BLOCKS * (1 + 8 + 1) + BATCH_SUB_BLOCKS * (8 + 1 + 1 + 4 * u8::MAX as usize);
 
-/// The largest XOR section and the largest literal section.
+/// The largest XOR section and the largest sections of literals.
 pub(crate) const CONTENT_LIMIT_BYTES: usize = BATCH_BLOCKS * BLOCK_BYTES;
 
 /// What is wrong with a batch's shape.
@@ -117,7 +121,7 @@ impl Form {
     }
 
     fn parse(byte: u8) -> Result<Self, ShapeError> {
-        [Self::Zero, Self::Reference, Self::Delta, Self::Literal, Self::Mixed]
+        [Self::Zero, Self::Reference, Self::Delta, Self::Literal, Self::Mixed, Self::Dense]
             .get(usize::from(byte))
             .copied()
             .ok_or(ShapeError::Form(byte))
@@ -144,6 +148,7 @@ impl Columns {
         self.references.clear();
         self.deltas.clear();
         self.literals.clear();
+        self.dense.clear();
     }
 
     pub(crate) fn push(&mut self, id: BlockId, form: Form, sub_forms: SubForms) {
@@ -161,7 +166,7 @@ impl Columns {
             let sub_forms = match form {
                 Form::Mixed => *mixed.next().unwrap_or(&[SubForm::Zero; SUB_BLOCKS]),
                 Form::Delta => [SubForm::Delta; SUB_BLOCKS],
-                Form::Literal => [SubForm::Literal; SUB_BLOCKS],
+                Form::Literal | Form::Dense => [SubForm::Literal; SUB_BLOCKS],
                 Form::Zero | Form::Reference => [SubForm::Zero; SUB_BLOCKS],
             };
             (*id, *form, sub_forms)

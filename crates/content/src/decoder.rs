@@ -133,6 +133,7 @@ impl Decoder {
         self.columns.take_control(&self.control, header.block_count)?;
         open("deltas", CONTENT_LIMIT_BYTES, &mut self.columns.deltas.xor)?;
         open("literals", CONTENT_LIMIT_BYTES, &mut self.columns.literals)?;
+        open("dense literals", CONTENT_LIMIT_BYTES, &mut self.columns.dense)?;
         if bytes.is_empty() { Ok(header.chain) } else { Err(ShapeError::Excess.into()) }
     }
 

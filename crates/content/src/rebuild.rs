@@ -42,6 +42,7 @@ impl Sources {
             match form {
                 Form::Zero => self.need_from_memory(id),
                 Form::Reference => self.need(references.next()),
+                Form::Dense => {}
                 Form::Delta | Form::Literal | Form::Mixed => {
                     for sub_form in sub_forms {
                         match sub_form {
@@ -97,6 +98,7 @@ pub(crate) struct Rebuild<'a> {
     runs: &'a [Run],
     xor: &'a [u8],
     literals: &'a [u8],
+    dense: &'a [u8],
 }
 
 impl<'a> Rebuild<'a> {
@@ -109,6 +111,7 @@ impl<'a> Rebuild<'a> {
             runs: &columns.deltas.runs,
             xor: &columns.deltas.xor,
             literals: &columns.literals,
+            dense: &columns.dense,
         }
     }
 
@@ -131,6 +134,11 @@ impl<'a> Rebuild<'a> {
                 let version = self.needed()?;
                 *block = *self.sources.content(version, earlier);
             }
+            Form::Dense => {
+                let (literal, rest) = self.dense.split_first_chunk().ok_or(ShapeError::Literals)?;
+                *block = *literal;
+                self.dense = rest;
+            }
             Form::Delta | Form::Literal | Form::Mixed => {
                 let (targets, _) = block.as_chunks_mut::<SUB_BLOCK_BYTES>();
                 for (position, (target, form)) in targets.iter_mut().zip(sub_forms).enumerate() {
@@ -143,7 +151,7 @@ impl<'a> Rebuild<'a> {
 
     /// Everything that the batch brought must have been used.
     pub(crate) fn finish(self) -> Result<(), ShapeError> {
-        let used_up = self.xor.is_empty() && self.literals.is_empty();
+        let used_up = self.xor.is_empty() && self.literals.is_empty() && self.dense.is_empty();
         if used_up { Ok(()) } else { Err(ShapeError::Excess) }
     }
 

@@ -333,6 +333,20 @@ fn each_form_is_used_where_it_is_cheapest() {
 }
 
 #[test]
+fn random_pages_are_left_as_they_are_and_apart_from_others() {
+    let mut pair = default_pair();
+    let text = Change::Write { offset: 0, bytes: b"godwit ".repeat(BLOCK_BYTES / 7) };
+    let batch = pair.encode(&[sent(0, Change::Noise(0)), sent(1, text), sent(2, Change::Noise(2))]);
+    let excess = batch.bytes.len() - 2 * BLOCK_BYTES;
+    assert!(excess < 150, "{excess} bytes more than the random pages");
+    let of = |id| noise(id).to_vec();
+    let place = |page: Vec<u8>| batch.bytes.windows(BLOCK_BYTES).position(|window| window == page).unwrap();
+    assert_eq!(place(of(2)), place(of(0)) + BLOCK_BYTES);
+    pair.decode(&batch.bytes).unwrap();
+    assert!((0..3).all(|id| pair.target.memory.block(BlockId(id)) == pair.source[id as usize]));
+}
+
+#[test]
 fn a_rewritten_page_is_compressed_rather_than_patched() {
     let mut pair = default_pair();
     pair.encode(&[sent(0, Change::Noise(0))]);

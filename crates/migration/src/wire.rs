@@ -25,9 +25,9 @@ use thiserror::Error;
 use crate::handover::{self, Epoch, RunState};
 
 /// The oldest version of the protocol that this build speaks.
-pub const VERSION_MIN: u16 = 1;
+pub const VERSION_MIN: u16 = 2;
 /// The newest one.
-pub const VERSION_MAX: u16 = 1;
+pub const VERSION_MAX: u16 = 2;
 
 /// Kind of [`Message::Hello`].
 pub const HELLO: u8 = 1;

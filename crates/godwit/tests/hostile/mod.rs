@@ -179,7 +179,7 @@ async fn a_source_of_another_release_is_told_both_versions() {
         panic!("{answer:?}");
     };
     assert!(
-        refuse.reason.contains("versions 7 to 8") && refuse.reason.contains("this host 1 to 1"),
+        refuse.reason.contains("versions 7 to 8") && refuse.reason.contains("this host 2 to 2"),
         "{refuse:?}"
     );
 }
