@@ -41,6 +41,11 @@ pub(super) struct Run {
     pub(super) responses: Option<Responses>,
     pub(super) predicted_total_ms: Option<u64>,
     pub(super) predicted_wire_bytes: Option<u64>,
+    /// What godwit counted of the same when it was over: from the worker's start, and payload only.
+    #[serde(default)]
+    pub(super) reported_total_ms: Option<u64>,
+    #[serde(default)]
+    pub(super) reported_wire_bytes: Option<u64>,
     /// What the emulated link used of a core.
     pub(super) emulator_cpu_share: Option<f64>,
     /// What it and the contender used of the cores that aren't the guest's.
@@ -72,6 +77,8 @@ impl Run {
             responses: outcome.responses,
             predicted_total_ms: outcome.predicted.total_ms,
             predicted_wire_bytes: outcome.predicted.wire_bytes,
+            reported_total_ms: outcome.reported.total_ms,
+            reported_wire_bytes: outcome.reported.wire_bytes,
             emulator_cpu_share: busy.map(|busy| busy.emulator),
             busy_share: busy.map(|busy| busy.all),
             foreign_cpu_share: busy.map(|busy| busy.foreign),
@@ -173,6 +180,8 @@ pub(super) mod tests {
             responses: None,
             predicted_total_ms: None,
             predicted_wire_bytes: None,
+            reported_total_ms: None,
+            reported_wire_bytes: None,
             emulator_cpu_share: Some(0.2),
             busy_share: Some(0.5),
             foreign_cpu_share: Some(0.01),
@@ -200,9 +209,9 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn runs_of_before_there_were_floors_and_responses_are_read() {
+    fn runs_of_before_there_were_later_figures_are_read() {
         let mut written = serde_json::to_value(run("godwit", "medium", 1, 160)).unwrap();
-        for newer in ["floor_bytes", "responses"] {
+        for newer in ["floor_bytes", "responses", "reported_total_ms", "reported_wire_bytes"] {
             assert!(written.as_object_mut().unwrap().remove(newer).is_some());
         }
         let read: Run = serde_json::from_value(written).unwrap();

@@ -27,7 +27,8 @@ changes, 32 KB compressed, answers). Where nothing is counted, as in `idle`, bea
 the guest stood still but not how fast it was. *Responses*: a client asks the web server for a page every 10 ms, each time \
 over a new connection; the pause lasts from the last beat through the one host to the first through the other, and what was under way then is \
 left out of the percentile. *Forecast off by*: \
-median error of what was forecast before the first byte. *Floor*: the different pages of the moved guest's memory, zeros left \
+median error of what was forecast before the first byte, against the time from the worker's start and the payload, both by \
+godwit's own account. *Floor*: the different pages of the moved guest's memory, zeros left \
 out, by zstd at the level with which godwit begins, 64 KiB at a time, worked out when the guest had arrived. *Emulator CPU*: \
 what the emulated link used of a core. *Busy*: what \
 it and the contender used of the cores that aren't the guest's. From 80 % on, or where something foreign used a quarter of \

@@ -26,6 +26,8 @@ const RESPONSE_SHARE: f64 = 1.0;
 const RESPONSE_SHARE_OF_UNDISTURBED: f64 = 1.25;
 /// What godwit's bytes may be of the least that the guest's memory takes, compressed at rest.
 const FLOOR_SHARE: f64 = 1.1;
+/// By how much of what comes a forecast may be wrong, in the median.
+const FORECAST_ERROR: f64 = 0.1;
 /// The share from which on the machine limits, and not the link.
 const BUSY: f64 = 0.8;
 /// What others may use of the machine before figures say more about them.
@@ -129,10 +131,8 @@ impl Row {
             downtime_ms: spread(|run| run.downtime_ms),
             progress: spread(|run| run.guest_progress_ratio),
             beat_gap_ms: spread(|run| Some(run.beat_gap_ms)),
-            total_error: spread(|run| Some((run.predicted_total_ms? as f64 / run.total_ms - 1.0).abs())),
-            wire_error: spread(|run| {
-                Some((run.predicted_wire_bytes? as f64 / run.wire_bytes as f64 - 1.0).abs())
-            }),
+            total_error: spread(|run| share_off(run.predicted_total_ms?, run.reported_total_ms?)),
+            wire_error: spread(|run| share_off(run.predicted_wire_bytes?, run.reported_wire_bytes?)),
             emulator: spread(|run| run.emulator_cpu_share),
             busy: spread(|run| run.busy_share),
             foreign: spread(|run| run.foreign_cpu_share),
@@ -153,6 +153,11 @@ impl Row {
     fn is_rival(&self) -> bool {
         !self.contender.is_godwit() && !self.contender.is_postcopy() && self.always_converged()
     }
+}
+
+/// By which share of what came a forecast was wrong.
+fn share_off(predicted: u64, came: u64) -> Option<f64> {
+    (came > 0).then(|| (predicted as f64 / came as f64 - 1.0).abs())
 }
 
 impl RowResponses {
@@ -248,6 +253,11 @@ impl Group {
             let limit = (PAUSE_ROUND_TRIP_MS + PAUSE_OVER_ROUND_TRIP_MS) as f64;
             let text = format!("downtime, ms: at most one round trip + {PAUSE_OVER_ROUND_TRIP_MS}");
             verdicts.push(alone(Target::at_most(limit, DOWNTIME.median(godwit), text)));
+        }
+        for (error, figure) in [(godwit.total_error, "time"), (godwit.wire_error, "bytes")] {
+            let text = format!("forecast of {figure}: off by at most {FORECAST_ERROR} of what came");
+            verdicts
+                .extend(error.map(|error| alone(Target::at_most(FORECAST_ERROR, Some(error.median), text))));
         }
         verdicts.extend(self.against_best(godwit, &RESPONSE, RESPONSE_SHARE));
         if let Some(responses) = godwit.responses {
@@ -471,8 +481,10 @@ pub(super) mod tests {
     fn forecasts_are_scored_where_there_are_any() {
         let mut runs = three("godwit", [100, 100, 100]);
         assert_eq!(summary(&runs).groups[0].rows[0].wire_error, None);
-        runs[1].predicted_wire_bytes = Some(90_000_000);
+        (runs[1].predicted_wire_bytes, runs[1].reported_wire_bytes) = (Some(90_000_000), Some(100_000_000));
         let error = summary(&runs).groups[0].rows[0].wire_error.unwrap();
         assert!((error.median - 0.1).abs() < 1e-9);
+        runs[2].predicted_wire_bytes = Some(10);
+        assert_eq!(summary(&runs).groups[0].rows[0].wire_error, Some(error));
     }
 }

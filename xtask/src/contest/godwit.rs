@@ -10,7 +10,7 @@ use godwit_sim::{lab::Place, observer::BeatListener};
 use serde_json::Value;
 
 use super::{
-    DOWNTIME_TARGET, Outcome, Prediction, Span, Stage,
+    Account, DOWNTIME_TARGET, Outcome, Span, Stage,
     hosts::{Host, Hosts, MACHINE},
     watch::Watch,
 };
@@ -37,8 +37,7 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     outcome.converged = true;
     outcome.downtime_ms = report["downtime_ms"].as_f64();
     outcome.predicted = prediction(&report);
-    let inside = report["total_ms"].as_u64().unwrap_or(0);
-    println!("  by its own account {:.1} s", inside as f64 / 1e3);
+    outcome.reported = reported(&report);
     if stage.finds_floor {
         outcome.floor_bytes = Some(hosts.b.memory_floor()?);
     }
@@ -100,9 +99,14 @@ fn resumed(report: &Value) -> Option<SystemTime> {
 }
 
 /// What the report says was forecast before the first byte.
-fn prediction(report: &Value) -> Prediction {
+fn prediction(report: &Value) -> Account {
     let likely = |figure: &str| report["forecast"][figure]["likely"].as_u64();
-    Prediction { total_ms: likely("total_ms"), wire_bytes: likely("wire_bytes") }
+    Account { total_ms: likely("total_ms"), wire_bytes: likely("wire_bytes") }
+}
+
+/// What the report says of itself.
+fn reported(report: &Value) -> Account {
+    Account { total_ms: report["total_ms"].as_u64(), wire_bytes: report["wire_bytes"].as_u64() }
 }
 
 #[cfg(test)]
@@ -122,7 +126,9 @@ mod tests {
     fn a_forecast_is_read_where_there_is_one() {
         let range = json!({ "low": 1, "likely": 2, "high": 3 });
         let report = json!({ "forecast": { "total_ms": range, "downtime_ms": range } });
-        assert_eq!(prediction(&report), Prediction { total_ms: Some(2), wire_bytes: None });
-        assert_eq!(prediction(&json!({ "forecast": null })), Prediction::default());
+        assert_eq!(prediction(&report), Account { total_ms: Some(2), wire_bytes: None });
+        assert_eq!(prediction(&json!({ "forecast": null })), Account::default());
+        let report = json!({ "total_ms": 3, "wire_bytes": 4, "forecast": null });
+        assert_eq!(reported(&report), Account { total_ms: Some(3), wire_bytes: Some(4) });
     }
 }

@@ -20,7 +20,7 @@ pub(crate) mod watch;
 
 pub(crate) use self::{
     contender::Contender,
-    outcome::{Outcome, Prediction},
+    outcome::{Account, Outcome},
     responses::Responses,
     target::Target,
     watch::Span,

@@ -36,12 +36,15 @@ pub(crate) struct Outcome {
     pub(crate) responses: Option<Responses>,
     /// What it said it would be, before it sent anything.
     #[serde(skip)]
-    pub(crate) predicted: Prediction,
+    pub(crate) predicted: Account,
+    /// What it said of the same figures when it was over: payload, and the time from the worker's start.
+    #[serde(skip)]
+    pub(crate) reported: Account,
 }
 
-/// A forecast, as far as one was made.
+/// What godwit says of a migration, before or after it, as far as it says something.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Prediction {
+pub(crate) struct Account {
     pub(crate) total_ms: Option<u64>,
     pub(crate) wire_bytes: Option<u64>,
 }

@@ -84,11 +84,8 @@ pub(super) const XBZRLE_DOWNTIME: Way = Way {
 /// Over two connections.
 pub(super) const MULTIFD: Way = Way { capabilities: &["multifd"], parameters: &[CHANNELS], ..PRECOPY };
 /// Over two connections, compressed.
-pub(super) const MULTIFD_ZSTD: Way = Way {
-    parameters: &[CHANNELS, ("multifd-compression", Setting::Word("zstd"))],
-    limit: Duration::from_secs(120),
-    ..MULTIFD
-};
+pub(super) const MULTIFD_ZSTD: Way =
+    Way { parameters: &[CHANNELS, ("multifd-compression", Setting::Word("zstd"))], ..MULTIFD };
 /// Compressed outside QEMU.
 pub(super) const ZSTD_PIPE: Way =
     Way { channel: Channel::ZstdPipe, limit: Duration::from_secs(120), ..PRECOPY };
@@ -302,7 +299,7 @@ mod tests {
         assert_eq!(PRECOPY.describe(), "as it comes; given up after 60 s");
         assert_eq!(
             MULTIFD_ZSTD.describe(),
-            "`multifd`, `multifd-channels` 2, `multifd-compression` zstd; given up after 120 s"
+            "`multifd`, `multifd-channels` 2, `multifd-compression` zstd; given up after 60 s"
         );
         let piped = "`xbzrle`, `xbzrle-cache-size` 268435456, through `zstd -1`; given up after 120 s";
         assert_eq!(XBZRLE_ZSTD_PIPE.describe(), piped);

@@ -14,7 +14,7 @@ use godwit_sim::{
     web_client::WebClient,
 };
 
-use super::{Load, Outcome, Prediction, Responses, Stage};
+use super::{Account, Load, Outcome, Responses, Stage};
 
 /// Where the guest is.
 pub(crate) const GUEST_ADDRESS: Ipv4Addr = FIRST_GUEST_ADDRESS;
@@ -104,7 +104,8 @@ impl<'a> Watch<'a> {
             span,
             floor_bytes: None,
             responses: self.responses(span),
-            predicted: Prediction::default(),
+            predicted: Account::default(),
+            reported: Account::default(),
         })
     }
 

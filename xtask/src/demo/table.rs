@@ -76,7 +76,7 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::contest::{Prediction, Span};
+    use crate::contest::{Account, Span};
 
     fn outcome(contender: &'static str, converged: bool, wire_bytes: u64, downtime_ms: f64) -> Outcome {
         Outcome {
@@ -91,7 +91,8 @@ mod tests {
             span: Span { started: SystemTime::UNIX_EPOCH, ended: SystemTime::UNIX_EPOCH },
             floor_bytes: None,
             responses: None,
-            predicted: Prediction::default(),
+            predicted: Account::default(),
+            reported: Account::default(),
         }
     }
 
