@@ -4,7 +4,8 @@
 //!   sampled pages read ─► all that is scanned: zero? ─► read again ─► … ─► a sample a line, better and better
 //! ```
 //!
-//! The guest isn't stopped and nothing of its QEMU is asked or changed: what it notices is some memory bandwidth. The agent
+//! The guest isn't stopped and nothing of its QEMU is asked or changed: what it notices is some memory bandwidth, and others
+//! less than that, since they go first. The agent
 //! may not read other processes' memory, so this runs in a process of its own (`godwit sample`, hidden), which takes a
 //! [`Request`] on standard input, prints a [`MemorySample`] a line, and ends by itself.
 
@@ -27,9 +28,11 @@ use xxhash_rust::xxh3::xxh3_64;
 /// together when they travel; many short runs, since what a guest has in one place says little about another.
 const SAMPLED_RUNS: u64 = 1024;
 const SAMPLED_RUN_PAGES: u64 = 8;
-/// Runs that are only looked at for zeros, once: 256 MiB.
-const SCANNED_RUNS: u64 = 4096;
+/// Runs that are only looked at for zeros, once: 128 MiB.
+const SCANNED_RUNS: u64 = 2048;
 const SCANNED_RUN_PAGES: u64 = 16;
+/// It makes way for whatever else the host does; by `nice`'s measure, a tenth of an ordinary process's share.
+const NICENESS: i32 = 10;
 /// Between two readings, at least. A target is ready after half a second, and isn't to wait for the sample.
 const READ_EVERY: Duration = Duration::from_millis(100);
 /// Readings after the first. No more than bits in [`Sampler::changed`].
@@ -67,6 +70,8 @@ pub(crate) enum SampleError {
 /// # Errors
 /// [`SampleError`].
 pub(crate) fn run(request: impl io::Read, mut samples: impl Write) -> Result<(), SampleError> {
+    // Without it the samples are as good, and somebody else is slower.
+    let _ = rustix::process::nice(NICENESS);
     let request: Request = serde_json::from_reader(request)?;
     let range = |&(host_address, bytes): &(u64, u64)| MemoryRange { host_address, bytes };
     let memory = ProcessMemory::open(request.pid, &request.ranges.iter().map(range).collect::<Vec<_>>())?;

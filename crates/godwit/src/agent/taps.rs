@@ -51,14 +51,11 @@ pub(crate) async fn create(tap: &str, bridge: &str, multi_queue: bool) -> Result
         add.push("multi_queue");
     }
     ip(&add).await?;
-    for arguments in [&["link", "set", "dev", tap, "master", bridge][..], &["link", "set", "dev", tap, "up"]]
-    {
-        if let Err(error) = ip(arguments).await {
-            remove(tap).await;
-            return Err(error);
-        }
+    let joined = ip(&["link", "set", "dev", tap, "master", bridge, "up"]).await;
+    if joined.is_err() {
+        remove(tap).await;
     }
-    Ok(())
+    joined
 }
 
 /// Removes a TAP; that it isn't there is fine.
