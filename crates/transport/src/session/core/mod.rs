@@ -46,6 +46,10 @@ const RECORD_BYTES: usize = 16 * 1024;
 const MAX_CUT_RECORDS: usize = 16;
 /// What TLS adds to a record: header, content type, tag.
 const RECORD_OVERHEAD_BYTES: usize = 22;
+/// What may leave at once under a bandwidth limit, as time: longer than a timer is late.
+const BANDWIDTH_BURST: Duration = Duration::from_millis(10);
+/// The same under the session's own pace, which makes up for late timers by being faster than the link.
+const PACE_BURST: Duration = Duration::from_millis(4);
 
 /// What a session may use.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -217,7 +221,8 @@ pub struct Core {
     outbound: [Outbound; 2],
     inbound: [Inbound; 2],
     path: Path,
-    bucket: Bucket,
+    bandwidth: Bucket,
+    pace: Bucket,
     acks: Acks,
     closing: bool,
     attached: bool,
@@ -228,11 +233,14 @@ impl Core {
     /// A session that has moved nothing; it waits for [`Core::resume`].
     pub fn new(limits: Limits, now: Instant) -> Self {
         let limits = Limits { window_bytes: limits.window_bytes.min(MAX_WINDOW_BYTES), ..limits };
+        let mut bandwidth = Bucket::new(BANDWIDTH_BURST);
+        bandwidth.set(limits.bandwidth_bytes_per_second, now);
         Self {
             outbound: Lane::ALL.map(Outbound::new),
             inbound: Lane::ALL.map(|lane| Inbound::new(lane, limits.receive_queue_bytes)),
             path: Path::new(limits.window_bytes, now),
-            bucket: Bucket::new(limits.bandwidth_bytes_per_second, now),
+            bandwidth,
+            pace: Bucket::new(PACE_BURST),
             acks: Acks::new(now),
             closing: false,
             attached: false,
@@ -358,6 +366,7 @@ impl Core {
         self.stats.heard_at = Some(now);
         // Another path may have other properties.
         self.path = Path::new(self.limits.window_bytes, now);
+        self.pace = Bucket::new(PACE_BURST);
         self.acks = Acks::new(now);
         self.attached = true;
         Ok(())
@@ -365,7 +374,7 @@ impl Core {
 
     /// Limits what is sent from now on; `None` lifts the limit. The urgent lane is counted but never waits.
     pub fn set_bandwidth(&mut self, bytes_per_second: Option<u64>, now: Instant) {
-        self.bucket.set(bytes_per_second, now);
+        self.bandwidth.set(bytes_per_second, now);
     }
 
     /// Whether the peer has acknowledged everything.
@@ -407,7 +416,7 @@ impl Core {
             }
             return Transmit::Idle;
         }
-        if let Some(ready_at) = self.bucket.ready_at(now) {
+        if let Some(ready_at) = self.bandwidth.ready_at(now).max(self.pace.ready_at(now)) {
             return Transmit::Wait(ready_at);
         }
         self.transmit(Lane::Bulk, now).map_or(Transmit::Idle, Transmit::Frame)
@@ -442,7 +451,8 @@ impl Core {
         }
         let frame_bytes = HEADER_BYTES + payload.len();
         let wire_bytes = frame_bytes + frame_bytes.div_ceil(RECORD_BYTES) * RECORD_OVERHEAD_BYTES;
-        self.bucket.take(wire_bytes, now);
+        self.bandwidth.take(wire_bytes, now);
+        self.pace.take(wire_bytes, now);
         self.stats.wire_bytes += wire_bytes as u64;
         let payload_bytes = payload.len() as u32;
         let [urgent, bulk] = &self.inbound;
@@ -459,6 +469,7 @@ impl Core {
             if let Some(newest) = acknowledged.newest {
                 let in_flight_bytes = self.in_flight_bytes();
                 self.path.acknowledged(acknowledged.bytes, newest, in_flight_bytes, now);
+                self.pace.set(self.path.pace_bytes_per_second(), now);
             }
         }
         Ok(progress)

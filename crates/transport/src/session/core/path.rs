@@ -16,6 +16,9 @@ const MIN_WINDOW_BYTES: usize = 64 * 1024;
 /// (100 Mbit/s, 20 ms: 3 % of packets lost, a tenth of the throughput); with 1.25 it doesn't, whichever congestion
 /// control TCP uses.
 const WINDOW_GAIN: f64 = 1.25;
+/// How much faster than the link frames may follow each other when the window opens all at once: slow enough that a router's
+/// queue takes the excess, fast enough that the window still grows as it would.
+const PACE_GAIN: f64 = 1.5;
 /// What an acknowledgement may be late at the receiver.
 pub(super) const ACK_DELAY: Duration = Duration::from_millis(5);
 /// The same while the shortest round trip is measured anew; below 1, so that queues drain.
@@ -125,6 +128,14 @@ impl Path {
             None => rate * (WINDOW_GAIN * min_rtt.as_secs_f64() + ACK_DELAY.as_secs_f64()),
         };
         (window as usize).clamp(MIN_WINDOW_BYTES.min(self.max_window_bytes), self.max_window_bytes)
+    }
+
+    /// How fast frames may follow each other; `None`: nothing is known yet.
+    ///
+    /// A receiver that was busy for a moment acknowledges all it has at once. What the window then allows would arrive in one
+    /// piece at a queue that is as long.
+    pub(super) fn pace_bytes_per_second(&self) -> Option<u64> {
+        self.highest_rate.get().map(|rate| (rate * PACE_GAIN) as u64)
     }
 
     pub(super) fn delivery_rate(&self) -> Option<f64> {

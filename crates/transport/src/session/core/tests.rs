@@ -280,6 +280,8 @@ struct Transfer {
     cores: [Core; 2],
     links: [Link; 2],
     taken_bytes: usize,
+    /// In the latest run, before the link.
+    most_queued_bytes: usize,
 }
 
 impl Transfer {
@@ -291,23 +293,43 @@ impl Transfer {
         for core in &mut cores {
             core.resume(NextExpected::default(), now).unwrap();
         }
-        Self { now, cores, links: [link(), link()], taken_bytes: 0 }
+        Self { now, cores, links: [link(), link()], taken_bytes: 0, most_queued_bytes: 0 }
     }
 
     /// Runs for a time; returns the share of the link that was used, and the most that was in flight.
     fn run(&mut self, time: Duration) -> (f64, usize) {
         let (until, before) = (self.now + time, self.taken_bytes);
-        let mut most_in_flight = 0;
+        let (mut most_in_flight, mut most_queued_bytes) = (0, 0);
         while self.now < until {
             while self.cores[0].is_writable(Lane::Bulk) {
                 self.cores[0].submit(Lane::Bulk, 0, Bytes::from_static(&[0; 60_000])).unwrap();
             }
             self.exchange();
+            most_queued_bytes = most_queued_bytes.max(self.queued_bytes());
             most_in_flight = most_in_flight.max(self.cores[0].stats().in_flight_bytes as usize);
             self.now += Duration::from_micros(200);
         }
+        self.most_queued_bytes = most_queued_bytes;
         let possible = self.links[0].bytes_per_second * time.as_secs_f64();
         ((self.taken_bytes - before) as f64 / possible, most_in_flight)
+    }
+
+    /// The receiver is busy for a time: nothing is taken from the link, and nothing acknowledged.
+    fn stall(&mut self, time: Duration) {
+        let until = self.now + time;
+        while self.now < until {
+            while let Transmit::Frame(frame) = self.cores[0].poll_transmit(Role::Bulk { index: 0 }, self.now)
+            {
+                self.links[0].send(Role::Bulk { index: 0 }, frame, self.now);
+            }
+            self.now += Duration::from_micros(200);
+        }
+    }
+
+    /// What waits before the link.
+    fn queued_bytes(&self) -> usize {
+        let link = &self.links[0];
+        (link.free_at.saturating_duration_since(self.now).as_secs_f64() * link.bytes_per_second) as usize
     }
 
     fn exchange(&mut self) {
@@ -346,4 +368,19 @@ fn the_link_is_used_and_its_queue_stays_short() {
     let (used, most_in_flight) = transfer.run(Duration::from_secs(30));
     assert!(used > 0.97, "only {used} of the faster link was used");
     assert!(most_in_flight < 2_200_000, "{most_in_flight} bytes were in flight on the faster link");
+}
+
+/// A router drops what comes in one piece and is longer than its queue, which seldom holds more than rate × round trip.
+#[test]
+fn what_a_stall_has_held_back_does_not_leave_at_once() {
+    let mut transfer = Transfer::new(12.5e6);
+    transfer.run(Duration::from_secs(1));
+    for stall_ms in [15, 25, 40] {
+        transfer.stall(Duration::from_millis(stall_ms));
+        transfer.run(Duration::from_millis(500));
+        let most = transfer.most_queued_bytes;
+        assert!(most < 250_000, "{most} bytes queued after a stall of {stall_ms} ms");
+    }
+    let (used, _) = transfer.run(Duration::from_secs(5));
+    assert!(used > 0.97, "only {used} of the link was used");
 }
