@@ -16,9 +16,12 @@ const MIN_WINDOW_BYTES: usize = 64 * 1024;
 /// (100 Mbit/s, 20 ms: 3 % of packets lost, a tenth of the throughput); with 1.25 it doesn't, whichever congestion
 /// control TCP uses.
 const WINDOW_GAIN: f64 = 1.25;
-/// How much faster than the link frames may follow each other when the window opens all at once: slow enough that a router's
-/// queue takes the excess, fast enough that the window still grows as it would.
-const PACE_GAIN: f64 = 1.5;
+/// In which share of the shortest round trip a window may leave that opens all at once: slow enough that a router's queue takes
+/// the excess, fast enough that the window grows as it would.
+const PACE_SHARE: f64 = 0.75;
+/// What the rate has to grow by, and within how many round trips, as long as the path is only being found out (BBR's startup).
+const STARTUP_GROWTH: f64 = 1.25;
+const STARTUP_ROUND_TRIPS: u32 = 3;
 /// What an acknowledgement may be late at the receiver.
 pub(super) const ACK_DELAY: Duration = Duration::from_millis(5);
 /// The same while the shortest round trip is measured anew; below 1, so that queues drain.
@@ -59,6 +62,14 @@ pub(super) struct Path {
     smoothed_rtt: Option<Duration>,
     min_rtt: Option<(Duration, Instant)>,
     probe: Option<Probe>,
+    startup: Option<Startup>,
+}
+
+/// TCP is still doubling what it sends: the rate says what it dared, not what the link gives.
+#[derive(Debug, Clone, Copy)]
+struct Startup {
+    rate: f64,
+    grew_at: Instant,
 }
 
 /// Measuring the shortest round trip: wait until little is in flight, then take the first frame sent after that.
@@ -80,6 +91,7 @@ impl Path {
             smoothed_rtt: None,
             min_rtt: None,
             probe: None,
+            startup: Some(Startup { rate: 0.0, grew_at: now }),
         }
     }
 
@@ -127,15 +139,18 @@ impl Path {
             Some(_) => PROBE_GAIN * rate * min_rtt.as_secs_f64(),
             None => rate * (WINDOW_GAIN * min_rtt.as_secs_f64() + ACK_DELAY.as_secs_f64()),
         };
-        (window as usize).clamp(MIN_WINDOW_BYTES.min(self.max_window_bytes), self.max_window_bytes)
+        let least = if self.startup.is_some() { INITIAL_WINDOW_BYTES } else { MIN_WINDOW_BYTES };
+        (window as usize).clamp(least.min(self.max_window_bytes), self.max_window_bytes)
     }
 
-    /// How fast frames may follow each other; `None`: nothing is known yet.
+    /// How fast frames may follow each other; `None`: too little is known yet.
     ///
     /// A receiver that was busy for a moment acknowledges all it has at once. What the window then allows would arrive in one
     /// piece at a queue that is as long.
     pub(super) fn pace_bytes_per_second(&self) -> Option<u64> {
-        self.highest_rate.get().map(|rate| (rate * PACE_GAIN) as u64)
+        let (round_trip, _) = self.min_rtt.filter(|_| self.startup.is_none())?;
+        let pace = self.window_bytes() as f64 / (round_trip.as_secs_f64() * PACE_SHARE);
+        Some(pace as u64)
     }
 
     pub(super) fn delivery_rate(&self) -> Option<f64> {
@@ -188,6 +203,9 @@ impl Path {
         }
         self.highest_rate.add(rate, MIN_RATE_LIFETIME.max(shortest * 5), now);
         self.smoothed_rate.get_or_insert(rate);
+        if !newest.sender_limited {
+            self.startup = self.startup.and_then(|startup| startup.after(rate, shortest, now));
+        }
     }
 
     /// What arrived since the last acknowledgement, averaged; so that a stall and the burst after it cancel out.
@@ -201,6 +219,17 @@ impl Path {
             let weight = if elapsed > 0.0 { (1.0 - kept) / elapsed } else { 1.0 / SMOOTHING.as_secs_f64() };
             *smoothed = *smoothed * kept + bytes as f64 * weight;
         }
+    }
+}
+
+impl Startup {
+    /// `None`: it is over.
+    fn after(self, rate: f64, round_trip: Duration, now: Instant) -> Option<Self> {
+        if rate > self.rate * STARTUP_GROWTH {
+            return Some(Self { rate, grew_at: now });
+        }
+        let waited = now.saturating_duration_since(self.grew_at);
+        (waited < round_trip * STARTUP_ROUND_TRIPS).then_some(self)
     }
 }
 
