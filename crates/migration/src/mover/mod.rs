@@ -253,6 +253,21 @@ impl Mover {
         taken
     }
 
+    /// Takes those of `ids` that are owed, out of their order; they are appended to `batch` and no longer owed.
+    pub fn take_these(&mut self, ids: &[BlockId], batch: &mut Vec<BlockVersion>) -> Taken {
+        let mut taken = Taken::default();
+        for &id in ids {
+            if !self.is_owed(id) {
+                continue;
+            }
+            let heat = self.heat_of(id.0);
+            self.send(id.0, heat, &mut taken);
+            batch.push(BlockVersion { id, hot: heat != Heat::Untouched });
+        }
+        self.statistics.sent += taken.blocks();
+        taken
+    }
+
     /// Ends a pass over the guest's memory: write counts decay, and every held-back block may go once more. A pass
     /// is what the source of dirty blocks makes of it; it should last 0.1 to 1 s for heat to mean anything.
     pub fn next_pass(&mut self) {
@@ -362,6 +377,7 @@ impl Mover {
                     break;
                 };
                 from = block + 1;
+                self.cursors[heat as usize] = block + 1;
                 self.send(block, heat, taken);
                 batch.push(BlockVersion { id: BlockId(block), hot: heat != Heat::Untouched });
             }
@@ -379,7 +395,6 @@ impl Mover {
 
     fn send(&mut self, block: u64, heat: Heat, taken: &mut Taken) {
         self.owed[heat as usize].remove(block);
-        self.cursors[heat as usize] = block + 1;
         self.sent_in_pass.insert(block);
         if self.sent.insert(block) {
             self.owed_first_time -= 1;

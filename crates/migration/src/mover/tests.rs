@@ -75,6 +75,16 @@ impl Naive {
             .or_else(|| first(hot, |known| !known.sent_in_pass))
     }
 
+    fn take_these(&mut self, blocks: &[u64]) -> Vec<BlockVersion> {
+        let mut batch = Vec::new();
+        for block in blocks {
+            let Some(known) = self.blocks.get_mut(block).filter(|known| known.owed) else { continue };
+            (known.owed, known.sent, known.sent_in_pass) = (false, true, true);
+            batch.push(BlockVersion { id: BlockId(*block), hot: Self::heat(known) != Heat::Untouched });
+        }
+        batch
+    }
+
     fn take(&mut self, max: usize, early_copies: bool) -> Vec<BlockVersion> {
         let mut batch = Vec::new();
         while batch.len() < max
@@ -94,6 +104,8 @@ impl Naive {
 enum Step {
     Owe(u64),
     Take(usize),
+    /// Out of order; the last of them don't exist.
+    TakeThese(Vec<u64>),
     NextPass,
     Final(bool),
 }
@@ -104,6 +116,7 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         6 => (0..BLOCKS).prop_map(Step::Owe),
         8 => (60..70_u64).prop_map(Step::Owe),
         4 => (0..20_usize).prop_map(Step::Take),
+        1 => prop::collection::vec(0..BLOCKS + 5, 0..20).prop_map(Step::TakeThese),
         2 => Just(Step::NextPass),
         1 => any::<bool>().prop_map(Step::Final),
     ];
@@ -123,6 +136,12 @@ proptest! {
                     let taken = mover.take(max, &mut batch);
                     prop_assert_eq!(taken.blocks(), batch.len() as u64);
                     prop_assert_eq!(batch, naive.take(max, early_copies));
+                }
+                Step::TakeThese(blocks) => {
+                    let ids: Vec<_> = blocks.iter().copied().map(BlockId).collect();
+                    let mut batch = Vec::new();
+                    prop_assert_eq!(mover.take_these(&ids, &mut batch).blocks(), batch.len() as u64);
+                    prop_assert_eq!(batch, naive.take_these(&blocks));
                 }
                 Step::NextPass => {
                     mover.next_pass();

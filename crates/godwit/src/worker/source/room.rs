@@ -3,6 +3,8 @@
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 
+use godwit_content::{BATCH_BLOCKS, BLOCK_BYTES};
+
 use super::sender::LinkClosed;
 
 /// Bytes, before compression, that may wait. What waits when the guest stops lengthens the pause.
@@ -41,6 +43,11 @@ impl Room {
         taken.bytes += bytes;
         taken.parcels += 1;
         Ok(())
+    }
+
+    /// Whether an ordinary batch would have to wait.
+    pub(super) fn is_full(&self) -> bool {
+        !self.lock().has_room((BATCH_BLOCKS * BLOCK_BYTES) as u64)
     }
 
     /// A parcel has left.

@@ -267,7 +267,7 @@ pub(super) fn send_all(
     outbox: &Outbox,
 ) -> Result<Sent, SendError> {
     let mut batches = 0;
-    while let Some(batch) = next_batch(stage)? {
+    while let Some(batch) = next_batch(stage, outbox)? {
         encoder.set_level(outbox.account.level.load(Ordering::Acquire));
         #[cfg(feature = "sabotage")]
         let batch = {
@@ -281,10 +281,15 @@ pub(super) fn send_all(
 }
 
 /// The next batch; `None` when everything has been taken and nothing more will be named.
-fn next_batch(stage: &SharedStage) -> Result<Option<Batch>, SendError> {
+///
+/// While the link has enough, pages that were zero go before their turn: looking through them takes as long as others take to
+/// send, and a long run of them would leave the link idle.
+fn next_batch(stage: &SharedStage, outbox: &Outbox) -> Result<Option<Batch>, SendError> {
     let mut held = stage.lock();
     while !held.is_closed() {
-        if let Some(batch) = held.take()? {
+        let zeros = if outbox.account.room.is_full() { held.take_zeros()? } else { None };
+        let batch = if zeros.is_some() { zeros } else { held.take()? };
+        if let Some(batch) = batch {
             stage.wake();
             return Ok(Some(batch));
         }

@@ -61,6 +61,8 @@ pub(super) struct Stage {
     /// Owed pages that were zero when QEMU named them: most of a guest's memory may be, and a prediction that takes each
     /// page for full would be wrong by as much.
     zeros: Marks,
+    /// Where the next of them is looked for.
+    zeros_from: u64,
     is_complete: bool,
     is_closed: bool,
 }
@@ -72,6 +74,7 @@ impl Stage {
             contents,
             embargo: Embargo::new(embargo, pages),
             zeros: Marks::new(pages),
+            zeros_from: 0,
             is_complete: false,
             is_closed: false,
         }
@@ -141,6 +144,27 @@ impl Stage {
         if held_back_go {
             self.mover.set_mode(Mode::Live);
         }
+        self.fill(batch)
+    }
+
+    /// A batch of pages that were zero when they were named, whose turn may be later; `None` if none is owed.
+    pub(super) fn take_zeros(&mut self) -> Result<Option<Batch>, StageError> {
+        self.release(Instant::now())?;
+        let mut batch = Batch::default();
+        let mut from = self.zeros_from;
+        while let (true, Some(id)) = (batch.blocks.len() < BATCH_BLOCKS, self.zeros.next(from)) {
+            from = id.0 + 1;
+            let taken = self.mover.take_these(&[id], &mut batch.blocks);
+            batch.taken.first_time += taken.first_time;
+            batch.taken.again += taken.again;
+        }
+        // From the beginning, once the end is reached.
+        self.zeros_from = if batch.blocks.len() < BATCH_BLOCKS { 0 } else { from };
+        self.fill(batch)
+    }
+
+    /// The contents of a batch; `None` if it is empty.
+    fn fill(&mut self, mut batch: Batch) -> Result<Option<Batch>, StageError> {
         if batch.blocks.is_empty() {
             return Ok(None);
         }
@@ -203,6 +227,16 @@ struct Marks {
 impl Marks {
     fn new(pages: u64) -> Self {
         Self { words: vec![0; pages.div_ceil(64) as usize], count: 0 }
+    }
+
+    /// The first marked page from here on.
+    fn next(&self, from: u64) -> Option<BlockId> {
+        let (index, bit) = ((from / 64) as usize, from % 64);
+        let first = self.words.get(index)? & (u64::MAX << bit);
+        let rest = self.words.iter().copied().skip(index + 1);
+        let words = (index..).zip(std::iter::once(first).chain(rest));
+        let (index, word) = words.into_iter().find(|(_, word)| *word != 0)?;
+        Some(BlockId(index as u64 * 64 + u64::from(word.trailing_zeros())))
     }
 
     /// Marks a page, or not; returns what it was. Pages beyond the last are never marked.
@@ -289,6 +323,28 @@ mod tests {
         );
         assert_eq!(batch.contents, [[0; BLOCK_BYTES], [2; BLOCK_BYTES]].concat());
         assert!(stage.take().unwrap().is_none());
+    }
+
+    #[test]
+    fn zero_pages_may_go_before_their_turn() {
+        let mut stage = Stage::new(1 << 10, Box::new(Inline::default()), Duration::ZERO);
+        let now = Instant::now();
+        for id in 0..200 {
+            match id % 2 {
+                0 => stage.name(BlockId(id), &PageContent::Zero(0), false, now).unwrap(),
+                _ => name(&mut stage, id, 1, now),
+            }
+        }
+        name(&mut stage, 4, 1, now);
+        let mut zeros = Vec::new();
+        while let Some(batch) = stage.take_zeros().unwrap() {
+            assert!(batch.contents.iter().all(|byte| *byte == 0) && batch.taken.first_time == 0);
+            zeros.extend(batch.blocks.iter().map(|block| block.id.0));
+        }
+        assert_eq!(zeros, (0..200).step_by(2).filter(|id| *id != 4).collect::<Vec<_>>());
+        assert_eq!((stage.zero_blocks(), stage.mover.owed_blocks()), (0, 101));
+        stage.name(BlockId(6), &PageContent::Zero(0), false, now).unwrap();
+        assert_eq!(stage.take_zeros().unwrap().unwrap().blocks[0].id, BlockId(6));
     }
 
     #[test]
