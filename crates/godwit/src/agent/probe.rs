@@ -96,12 +96,29 @@ pub(super) async fn receive(body: Body) -> Json<Probed> {
     Json(Probed { rate_bytes_per_second: rate(&arrivals) })
 }
 
-/// Bytes a second in the second half of what arrived, by the times at which so many bytes were there.
+/// Bytes a second in the second half of what arrived, by the times at which so many bytes were seen.
+///
+/// A receiver that is busy sees things late, and then many at once, but nothing early. So the link's rate is the slope of the
+/// points' upper hull, where that goes on for longest: before or after whatever kept the receiver.
 fn rate(arrivals: &[(Duration, usize)]) -> Option<u64> {
-    let (end, all) = *arrivals.last()?;
-    let (middle, half) = *arrivals.iter().find(|(_, bytes)| bytes * 2 >= all)?;
-    let seconds = (end.checked_sub(middle)?).as_secs_f64();
-    (seconds > 0.0).then(|| ((all - half) as f64 / seconds) as u64)
+    let (_, all) = *arrivals.last()?;
+    let half = arrivals.iter().filter(|(_, bytes)| bytes * 2 >= all);
+    let mut hull: Vec<(f64, f64)> = Vec::new();
+    for point in half.map(|(at, bytes)| (at.as_secs_f64(), *bytes as f64)) {
+        while let [.., before, last] = hull[..]
+            && slope(before, last) <= slope(last, point)
+        {
+            hull.pop();
+        }
+        hull.push(point);
+    }
+    let edges = hull.windows(2).map(|edge| (edge[1].0 - edge[0].0, slope(edge[0], edge[1])));
+    let (_, rate) = edges.max_by(|(one, _), (other, _)| one.total_cmp(other))?;
+    rate.is_finite().then_some(rate.round() as u64)
+}
+
+fn slope(from: (f64, f64), to: (f64, f64)) -> f64 {
+    (to.1 - from.1) / (to.0 - from.0)
 }
 
 #[cfg(test)]
@@ -114,6 +131,18 @@ mod tests {
         assert_eq!(rate(&[at(0, 10), at(900, 100), at(950, 150), at(1_000, 200)]), Some(1_000));
         assert_eq!(rate(&[at(0, 10)]), None);
         assert_eq!(rate(&[]), None);
+        assert_eq!(rate(&[at(5, 10), at(5, 20)]), None);
+    }
+
+    #[test]
+    fn a_receiver_that_was_busy_for_a_moment_sees_the_same_rate() {
+        let at_a_megabyte_a_second = |kept_ms: std::ops::Range<u64>| -> Vec<_> {
+            let seen_ms = |ms: u64| if kept_ms.contains(&ms) { kept_ms.end } else { ms };
+            (0..=200).map(|ms| (Duration::from_millis(seen_ms(ms)), ms as usize * 1_000)).collect()
+        };
+        for kept_ms in [0..0, 95..140, 120..160, 170..205, 0..110] {
+            assert_eq!(rate(&at_a_megabyte_a_second(kept_ms.clone())), Some(1_000_000), "{kept_ms:?}");
+        }
     }
 
     #[tokio::test]
