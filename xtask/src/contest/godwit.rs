@@ -16,7 +16,7 @@ use super::{
 };
 
 /// When to give up.
-const LIMIT: Duration = Duration::from_secs(180);
+pub(super) const LIMIT: Duration = Duration::from_secs(180);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Boots the guest at host a and has godwit move it to host b; where the stage wants that, no longer timed, back with
@@ -78,7 +78,7 @@ fn migrate(stage: &Stage, hosts: &Hosts, from: &Host, to: &Host, verify: &str) -
 }
 
 /// Whether a command succeeded; one that takes too long is ended, and with it what it watches: `migrate` leaves it alone.
-fn await_end(mut command: Child, limit: Duration) -> Result<Option<bool>> {
+pub(super) fn await_end(mut command: Child, limit: Duration) -> Result<Option<bool>> {
     let started = Instant::now();
     loop {
         if let Some(status) = command.try_wait()? {
@@ -94,7 +94,7 @@ fn await_end(mut command: Child, limit: Duration) -> Result<Option<bool>> {
 }
 
 /// When the guest ran at the target, as for QEMU's contenders: by the event of the target's QEMU.
-fn resumed(report: &Value) -> Option<SystemTime> {
+pub(super) fn resumed(report: &Value) -> Option<SystemTime> {
     report["resumed_unix_ms"].as_u64().map(|ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms))
 }
 

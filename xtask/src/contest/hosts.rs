@@ -131,12 +131,23 @@ impl Hosts {
         }
     }
 
-    /// Boots the machine at host a.
+    /// Boots the one machine at host a.
     pub(crate) fn boot(&self, image: &GuestImage, command_line: &str) -> Result<()> {
-        let file = self.a.directory.join("web1.toml");
+        self.boot_machine(MACHINE, GUEST_MEMORY_MB, image, command_line)
+    }
+
+    /// Boots a machine at host a.
+    pub(super) fn boot_machine(
+        &self,
+        name: &str,
+        memory_mb: u64,
+        image: &GuestImage,
+        command_line: &str,
+    ) -> Result<()> {
+        let file = self.a.directory.join(format!("{name}.toml"));
         let (kernel, initrd) = (image.kernel.display(), image.initrd.display());
         let spec = format!(
-            "name = \"{MACHINE}\"\nmachine = \"pc\"\naccel = \"tcg\"\nmemory = \"{GUEST_MEMORY_MB}M\"\n\n\
+            "name = \"{name}\"\nmachine = \"pc\"\naccel = \"tcg\"\nmemory = \"{memory_mb}M\"\n\n\
              [boot]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\nappend = \"{command_line}\"\n\n\
              [[net]]\nbridge = \"{GUEST_BRIDGE}\"\n"
         );
