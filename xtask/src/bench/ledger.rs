@@ -230,7 +230,14 @@ pub(super) mod tests {
     #[test]
     fn runs_of_before_there_were_later_figures_are_read() {
         let mut written = serde_json::to_value(run("godwit", "medium", 1, 160)).unwrap();
-        let newer = ["floor_bytes", "responses", "reported_total_ms", "reported_wire_bytes", "guests", "worst_downtime_ms"];
+        let newer = [
+            "floor_bytes",
+            "responses",
+            "reported_total_ms",
+            "reported_wire_bytes",
+            "guests",
+            "worst_downtime_ms",
+        ];
         for newer in newer {
             assert!(written.as_object_mut().unwrap().remove(newer).is_some());
         }

@@ -38,6 +38,7 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     outcome.downtime_ms = report["downtime_ms"].as_f64();
     outcome.predicted = prediction(&report);
     outcome.reported = reported(&report);
+    outcome.report = Some(report);
     if stage.finds_floor {
         outcome.floor_bytes = Some(hosts.b.memory_floor()?);
     }

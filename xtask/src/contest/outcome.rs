@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use serde::Serialize;
+use serde_json::Value;
 
 use super::{Responses, Span};
 
@@ -43,6 +44,9 @@ pub(crate) struct Outcome {
     /// What it said of the same figures when it was over: payload, and the time from the worker's start.
     #[serde(skip)]
     pub(crate) reported: Account,
+    /// godwit's whole report.
+    #[serde(skip)]
+    pub(crate) report: Option<Value>,
 }
 
 /// What godwit says of a migration, before or after it, as far as it says something.
@@ -85,7 +89,9 @@ mod tests {
             span: Span { started: now, ended: now },
             floor_bytes: None,
             responses: None,
-            predicted: Prediction::default(),
+            predicted: Account::default(),
+            reported: Account::default(),
+            report: None,
         };
         outcome.converge(downtimes_ms.to_vec());
         outcome

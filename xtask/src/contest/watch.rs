@@ -120,6 +120,7 @@ impl<'a> Watch<'a> {
             responses: self.responses(span),
             predicted: Account::default(),
             reported: Account::default(),
+            report: None,
         })
     }
 

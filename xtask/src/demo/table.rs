@@ -94,6 +94,7 @@ mod tests {
             responses: None,
             predicted: Account::default(),
             reported: Account::default(),
+            report: None,
         }
     }
 
