@@ -185,10 +185,10 @@ fn section(group: &Group) -> String {
     if let Some(disturbance) = group.disturbance() {
         text.push_str(&format!("\n**Beware:** {disturbance}.\n"));
     }
-    let responses = group.responses();
-    if !responses.is_empty() {
+    let notes: Vec<String> = group.responses().into_iter().chain(group.floor()).collect();
+    if !notes.is_empty() {
         text.push('\n');
-        responses.iter().for_each(|line| text.push_str(&format!("- {line}\n")));
+        notes.iter().for_each(|line| text.push_str(&format!("- {line}\n")));
     }
     let verdicts = group.verdicts();
     if !verdicts.is_empty() {

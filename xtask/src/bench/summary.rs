@@ -345,6 +345,17 @@ impl Group {
         })
     }
 
+    /// How little several guests' memories take together, where godwit has moved them.
+    pub(super) fn floor(&self) -> Option<String> {
+        let row = self.godwit().filter(|_| self.guests > 1)?;
+        let (floor, wire) = (row.floor_mb?.median, row.wire_mb?.median);
+        let times = wire / floor;
+        Some(format!(
+            "the different pages of all guests' memories at their arrival, compressed, take {floor:.1} MB; {times:.2} times that \
+             crossed the link"
+        ))
+    }
+
     /// What web servers' clients saw, a line for each contender that had some.
     pub(super) fn responses(&self) -> Vec<String> {
         let told = |row: &Row| Some(format!("{}: {}", row.contender.name, row.responses?));
@@ -515,6 +526,7 @@ pub(super) mod tests {
         let shares: Vec<f64> = verdicts[..2].iter().filter_map(|verdict| verdict.target.value).collect();
         assert_eq!(shares, [90.0 / 310.0, 0.75]);
         assert!(verdicts[..2].iter().all(|verdict| verdict.target.met()));
+        assert!(group.floor().unwrap().ends_with("take 90.0 MB; 1.00 times that crossed the link"));
         let two = runs.map(|run| Run { guests: 2, ..run });
         let verdicts = summary_of(&["bench", "--guests", "2,4"], &two).groups[0].verdicts();
         assert!(!verdicts.iter().any(|verdict| verdict.target.text.starts_with("bytes")));

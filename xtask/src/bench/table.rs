@@ -55,8 +55,8 @@ pub(super) fn render(summary: &Summary) -> String {
         if let Some(disturbance) = group.disturbance() {
             let _ = writeln!(text, "{disturbance}");
         }
-        for responses in group.responses() {
-            let _ = writeln!(text, "{responses}");
+        for line in group.responses().into_iter().chain(group.floor()) {
+            let _ = writeln!(text, "{line}");
         }
         for verdict in group.verdicts() {
             let _ = writeln!(text, "{:<62}{:>9}  {verdict}", verdict.target.text, verdict.target.shown());

@@ -38,6 +38,10 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
         watch.outcome(name, Span { started, ended: last.unwrap_or_else(SystemTime::now) }, before)?;
     if let Some(reports) = reports? {
         outcome.converge(reports.iter().filter_map(|report| report["downtime_ms"].as_f64()).collect());
+        if stage.finds_floor {
+            let machines: Vec<&str> = machines.iter().map(String::as_str).collect();
+            outcome.floor_bytes = Some(hosts.b.memory_floor(&machines, stage.load.memory_mb())?);
+        }
         println!("  {}", watch.check()?);
     }
     Ok(outcome)

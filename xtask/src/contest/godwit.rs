@@ -40,7 +40,7 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     outcome.reported = reported(&report);
     outcome.report = Some(report);
     if stage.finds_floor {
-        outcome.floor_bytes = Some(hosts.b.memory_floor()?);
+        outcome.floor_bytes = Some(hosts.b.memory_floor(&[MACHINE], stage.load.memory_mb())?);
     }
     println!("  {}", watch.check()?);
     if stage.compares_memories {

@@ -60,11 +60,12 @@ impl Host {
         Ok(worker)
     }
 
-    /// What the memory of the machine here takes at least.
-    pub(super) fn memory_floor(&self) -> Result<u64> {
+    /// What the memories of machines here take at least, together.
+    pub(super) fn memory_floor(&self, machines: &[&str], memory_mb: u64) -> Result<u64> {
         // Agent and workers have the other monitor, and are through with this one.
-        let monitor = self.directory.join("state/machines").join(MACHINE).join("qmp-migration.sock");
-        floor::of_guest(&monitor, &self.directory)
+        let monitor =
+            |machine| self.directory.join("state/machines").join(machine).join("qmp-migration.sock");
+        floor::of_guests(machines.iter().map(monitor), memory_mb, &self.directory)
     }
 
     /// What the host keeps of a migration.

@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn programs_are_told_by_their_arguments() {
-        assert_eq!(program_of(b"/usr/bin/qemu-system-x86_64\0-m\0512\0"), Some(Program::Qemu));
+        assert_eq!(program_of(b"/usr/bin/qemu-system-x86_64\0-m\x00512\0"), Some(Program::Qemu));
         assert_eq!(program_of(b"godwit\0worker\0/state/m-1\0"), Some(Program::Worker));
         assert_eq!(program_of(b"/tmp/godwit-rel\0agent\0--config\0"), Some(Program::Agent));
         assert_eq!(program_of(b"/bin/sh\0/tmp/a/qemu\0-m\0"), None);
