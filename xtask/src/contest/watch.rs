@@ -102,6 +102,9 @@ impl<'a> Watch<'a> {
         sleep(AFTER);
         let usual = self.pace(span.started - self.before, span.started);
         let during = self.pace(span.started, span.ended);
+        if let (Some(usual), Some(during)) = (usual, during) {
+            println!("  the guest's pace: {usual:.1} a second before, {during:.1} during");
+        }
         Ok(Outcome {
             contender,
             converged: false,
