@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use godwit_sim::lab::Wiring;
 
 use super::{
-    Request,
+    Request, USUAL_RATE_MBIT,
     ledger::Run,
     plan::{Plan, Rate},
     plot,
@@ -90,8 +90,11 @@ impl Circumstances {
             let guests: Vec<String> = request.guests.iter().map(u8::to_string).collect();
             command.push_str(&format!(" --guests {}", guests.join(",")));
         }
-        if request.rate == Rate::Unlimited {
-            command.push_str(" --rate unlimited");
+        if request.rate != Rate::MegabitsPerSecond(USUAL_RATE_MBIT) {
+            command.push_str(&format!(" --rate {}", request.rate));
+        }
+        if let Some(round_trip_ms) = request.round_trip {
+            command.push_str(&format!(" --round-trip {round_trip_ms}"));
         }
         let commits: BTreeSet<&str> = runs.iter().map(|run| run.commit.as_str()).collect();
         Circumstances {

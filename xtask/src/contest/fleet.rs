@@ -1,6 +1,8 @@
 //! godwit moves several guests at once.
 
 use std::{
+    fs::{self, File},
+    path::PathBuf,
     process::{Child, Stdio},
     time::{Instant, SystemTime},
 };
@@ -30,7 +32,7 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     let before = watch.wire_bytes()?;
     let started = SystemTime::now();
     let commands: Vec<Child> =
-        machines.iter().map(|machine| begin(&hosts, machine)).collect::<Result<_>>()?;
+        machines.iter().map(|machine| begin(stage, &hosts, machine)).collect::<Result<_>>()?;
     let reports = await_reports(stage, &hosts, &machines, commands);
     let arrivals = reports.iter().flatten().flatten().map(resumed).collect::<Option<Vec<_>>>();
     let last = arrivals.and_then(|arrivals| arrivals.into_iter().max());
@@ -47,12 +49,18 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     Ok(outcome)
 }
 
-fn begin(hosts: &Hosts, machine: &str) -> Result<Child> {
+fn begin(stage: &Stage, hosts: &Hosts, machine: &str) -> Result<Child> {
     let target = format!("{}ms", DOWNTIME_TARGET.as_millis());
     let mut command = hosts.command(&hosts.a);
     command.args(["migrate", machine, "--to", hosts.b.place.name(), "--downtime-target", &target]);
-    // Their progress bars would be drawn over each other.
-    Ok(command.args(&hosts.options).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?)
+    // On a terminal their progress bars would be drawn over each other.
+    let complaints = File::create(complaints(stage, machine)?)?;
+    Ok(command.args(&hosts.options).stdout(Stdio::null()).stderr(complaints).spawn()?)
+}
+
+/// Where the command for a machine complains.
+fn complaints(stage: &Stage, machine: &str) -> Result<PathBuf> {
+    Ok(stage.lab.directory_of(Place::A)?.join(format!("migrate-{machine}.log")))
 }
 
 /// The reports of all machines; `None`: not all were moved within the time.
@@ -66,7 +74,11 @@ fn await_reports(
     let mut reports = Vec::new();
     let mut all_came = true;
     for (machine, command) in machines.iter().zip(commands) {
-        all_came &= await_end(command, deadline.saturating_duration_since(Instant::now()))?.is_some();
+        let succeeded = await_end(command, deadline.saturating_duration_since(Instant::now()))?;
+        if succeeded == Some(false) {
+            bail!("{machine}: {}", fs::read_to_string(complaints(stage, machine)?)?.trim());
+        }
+        all_came &= succeeded.is_some();
         if all_came {
             reports.push(report_of(hosts, machine)?);
         }
