@@ -7,19 +7,18 @@
 //! Contenders take turns, so that a machine that becomes slower does so for all of them. A turn that broke is told and
 //! left out; the ledger keeps those that are done, and a bench that is started again does the rest.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::{Result, bail};
 use godwit_sim::{
-    guest_image::{GuestImage, Program, workspace},
+    guest_image::{BUILD, GuestImage, Program, workspace},
     lab::Lab,
-    link::Shape,
 };
 
 use self::{
     ledger::{Ledger, Run},
     page::Circumstances,
-    plan::{Plan, Turn},
+    plan::{Plan, Rate, Turn},
     summary::Summary,
 };
 use crate::{
@@ -36,6 +35,8 @@ mod table;
 
 /// The page that a full bench writes, below the checkout; the plot lies beside it.
 const PAGE: &str = "docs/bench/migrate.md";
+/// The page that the bench of several guests writes.
+const GUESTS_PAGE: &str = "docs/bench/guests.md";
 /// The rate that contenders' times are made for; over slower links they have more.
 const USUAL_RATE_MBIT: u64 = 100;
 
@@ -52,12 +53,16 @@ pub(crate) struct Request {
     /// Only medium and heavy; godwit and QEMU's best two (15 minutes).
     #[arg(long)]
     quick: bool,
-    /// Only medium, godwit and QEMU's best two; links of many rates and round trips (hours).
+    /// Only medium, godwit and QEMU's best on each link; links of many rates and round trips (hours).
     #[arg(long, conflicts_with_all = ["quick", "rate", "round_trip"])]
     sweep: bool,
     /// Only medium; godwit with each technique alone, and with each left out.
     #[arg(long, conflicts_with_all = ["quick", "sweep"])]
     techniques: bool,
+    /// Move so many guests of 256 MB at once, which do one build together; godwit as it comes and without its cache across
+    /// guests, and QEMU's best two.
+    #[arg(long, value_delimiter = ',', value_name = "NUMBERS", conflicts_with_all = ["quick", "sweep", "techniques", "workloads", "guest_command"])]
+    guests: Vec<u8>,
     /// Only these contenders.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     contenders: Vec<String>,
@@ -67,12 +72,12 @@ pub(crate) struct Request {
     /// How often everybody has a turn.
     #[arg(long, default_value_t = 3)]
     rounds: u32,
-    /// Rate of the link, Mbit/s.
-    #[arg(long, default_value_t = USUAL_RATE_MBIT)]
-    rate: u64,
-    /// Round trip of the link, milliseconds.
-    #[arg(long, default_value_t = 20)]
-    round_trip: u64,
+    /// Rate of the link, Mbit/s, or `unlimited`: hosts joined straight, godwit beside QEMU with its own TLS and without.
+    #[arg(long, default_value_t = Rate::MegabitsPerSecond(USUAL_RATE_MBIT))]
+    rate: Rate,
+    /// Round trip of the link, milliseconds [default: 20, and 0 for an unlimited link].
+    #[arg(long)]
+    round_trip: Option<u64>,
     /// Run this in the guest instead of a workload, again and again (a shell's command); its progress is the lines that it
     /// prints, else that of a beat.
     #[arg(long, value_name = "CMD", conflicts_with_all = ["workloads", "sweep"])]
@@ -91,9 +96,9 @@ pub(crate) struct Request {
 impl Request {
     /// Whether everything is to be run, so that the result is what the docs show.
     fn is_full(&self) -> bool {
-        let chosen =
-            !self.contenders.is_empty() || !self.workloads.is_empty() || self.guest_command.is_some();
-        !(self.quick || self.sweep || self.techniques || chosen)
+        let chosen = !self.workloads.is_empty() || self.guest_command.is_some();
+        let is_usual = self.rate == Rate::MegabitsPerSecond(USUAL_RATE_MBIT) && self.round_trip.is_none();
+        !(self.quick || self.sweep || self.techniques || chosen) && self.contenders.is_empty() && is_usual
     }
 }
 
@@ -118,7 +123,8 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     let broken = arena.carry_out(&plan, &mut ledger)?;
     let summary = Summary::of(&plan, ledger.runs());
     print!("\n{}", table::render(&summary));
-    let standard = request.is_full().then(|| workspace().join(PAGE));
+    let standard = if request.guests.is_empty() { PAGE } else { GUESTS_PAGE };
+    let standard = request.is_full().then(|| workspace().join(standard));
     if let Some(path) = request.page.clone().or(standard) {
         let circumstances = Circumstances::of(request, &plan, ledger.runs(), arena.cores.is_some());
         page::write(&path, &summary, &circumstances)?;
@@ -171,14 +177,15 @@ impl Arena {
     }
 
     fn take(&self, turn: &Turn) -> Result<Run> {
-        let lab =
-            Lab::new(Shape::symmetric(turn.link.rate_mbit, Duration::from_millis(turn.link.round_trip_ms)))?;
-        let patience = USUAL_RATE_MBIT.div_ceil(turn.link.rate_mbit.max(1)).try_into().unwrap_or(u32::MAX);
+        let lab = Lab::wired(turn.link.wiring())?;
+        let slowness = turn.link.rate.megabits_per_second().map_or(1, |rate| USUAL_RATE_MBIT.div_ceil(rate));
+        let patience = slowness.try_into().unwrap_or(u32::MAX).saturating_mul(turn.guests.into());
         let stage = Stage {
             lab: &lab,
             image: self.program_images.get(turn.workload.as_str()).unwrap_or(&self.image),
             load: match (&turn.guest_command, Program::named(&turn.workload)) {
                 (Some(command), _) => Load::Command(command),
+                (None, Some(program)) if *program == BUILD => Load::Build { guests: turn.guests },
                 (None, Some(program)) => Load::Program(program),
                 (None, None) => Load::Workload(&turn.workload),
             },

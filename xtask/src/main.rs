@@ -1,4 +1,4 @@
-//! Everything a developer runs: `cargo xtask setup|lab|demo|chaos|fuzz|test|bench|tidy`.
+//! Everything a developer runs: `cargo xtask setup|lab|demo|chaos|fuzz|test|bench|profile|tidy`.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -12,6 +12,7 @@ mod demo;
 mod fuzz;
 mod lab;
 mod product;
+mod profile;
 mod provenance;
 mod setup;
 mod test;
@@ -42,6 +43,11 @@ enum Task {
     Bench {
         #[command(subcommand)]
         bench: Option<bench::Bench>,
+    },
+    /// Say where the processor time goes.
+    Profile {
+        #[command(subcommand)]
+        subject: profile::Subject,
     },
     /// Check the map of the crates, and the sources for length and names.
     Tidy,
@@ -92,6 +98,7 @@ fn run(task: Task) -> Result<()> {
         Task::Test { long } => test::run(long),
         Task::Bench { bench: None } => test::bench(),
         Task::Bench { bench: Some(bench) } => bench::run(&bench),
+        Task::Profile { subject } => profile::run(&subject),
         Task::Tidy => tidy::run(),
         Task::Chaos(request) => chaos::run(&request),
         Task::Fuzz(request) => fuzz::run(&request),

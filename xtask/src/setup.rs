@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use godwit_sim::guest_image::{self, PROGRAMS, Program};
+use godwit_sim::guest_image::{self, Program};
 
 mod apt;
 mod programs;
@@ -82,7 +82,7 @@ fn fetch_kernel(apt: &Apt) -> Result<()> {
 /// # Errors
 /// Whatever apt says.
 pub(crate) fn fetch_programs() -> Result<()> {
-    if PROGRAMS.iter().all(Program::is_unpacked) {
+    if Program::all().all(Program::is_unpacked) {
         return Ok(());
     }
     let directory = guest_image::packages_directory();
@@ -90,7 +90,7 @@ pub(crate) fn fetch_programs() -> Result<()> {
         std::fs::remove_dir_all(&directory).context("cannot remove an older set of programs")?;
     }
     let apt = Apt::new()?;
-    let programs: Vec<&str> = PROGRAMS.iter().flat_map(|program| program.packages).copied().collect();
+    let programs: Vec<&str> = Program::all().flat_map(|program| program.packages).copied().collect();
     let packages = apt.with_libraries(&programs)?;
     let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
     eprintln!("fetching programs for guests: {}", packages.join(" "));

@@ -20,7 +20,7 @@ mod newc;
 mod programs;
 
 use newc::Archive;
-pub use programs::{PROGRAMS, Program, packages_directory};
+pub use programs::{BUILD, PROGRAMS, Program, packages_directory};
 
 const BUSYBOX: &str = "/bin/busybox";
 const TARGET: &str = "x86_64-unknown-linux-gnu";

@@ -9,6 +9,9 @@
 //!                             gw<pid>-<n>-lan (clients)
 //! ```
 //!
+//! Links too fast for a relay are a veth pair straight from `wan0` to `wan0`, with the kernel's token bucket (tbf) where
+//! they have a rate, see [`Wiring`].
+//!
 //! The guests' network is one undelayed Ethernet, so a machine keeps its address when it moves. What crosses `wan0` is
 //! what a migration costs. Everything, processes included, goes when the [`Lab`] is dropped, at Ctrl-C and SIGTERM,
 //! and, had the process been killed, when the next lab is made.
@@ -93,11 +96,11 @@ pub enum LabError {
     /// Namespaces and TAPs need it.
     #[error("the lab makes network namespaces and needs root")]
     NotRoot,
-    /// `ip` isn't there or couldn't be started.
-    #[error("cannot run ip (package iproute2)")]
+    /// `ip` or `tc` isn't there or couldn't be started.
+    #[error("cannot run ip or tc (package iproute2)")]
     Ip(#[source] io::Error),
-    /// `ip` refused something.
-    #[error("ip {arguments} failed: {message}")]
+    /// `ip` or `tc` refused something.
+    #[error("{arguments} failed: {message}")]
     IpRefused {
         /// What it was asked.
         arguments: String,
@@ -145,9 +148,23 @@ impl WireBytes {
     }
 }
 
+/// How the hosts are joined.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Wiring {
+    /// By a relay that shapes both directions.
+    Relayed(Shape),
+    /// Straight, without delay or loss. What is sent is counted before the kernel cuts it into frames, so that of
+    /// Ethernet, IP and TCP headers only one in many shows.
+    Straight {
+        /// In each direction, 10⁶ bits a second; `None`: whatever the machine does.
+        megabits_per_second: Option<u64>,
+    },
+}
+
 /// Two hosts and a link; see the module's page.
 #[derive(Debug)]
 pub struct Lab {
+    /// `None`: they are joined straight.
     relay: Option<Relay>,
     remains: cleanup::Remains,
 }
@@ -158,6 +175,14 @@ impl Lab {
     /// # Errors
     /// Without root or `ip`; whatever had been made is removed again.
     pub fn new(shape: Shape) -> Result<Lab, LabError> {
+        Lab::wired(Wiring::Relayed(shape))
+    }
+
+    /// The same, with hosts that are joined in any way.
+    ///
+    /// # Errors
+    /// As [`Lab::new`].
+    pub fn wired(wiring: Wiring) -> Result<Lab, LabError> {
         if !nix::unistd::geteuid().is_root() {
             return Err(LabError::NotRoot);
         }
@@ -169,7 +194,10 @@ impl Lab {
         let mut lab = Lab { relay: None, remains };
         std::fs::create_dir_all(lab.directory()).map_err(LabError::io("make the lab's directory"))?;
         lab.make_guest_network()?;
-        lab.make_migration_network(shape)?;
+        match wiring {
+            Wiring::Relayed(shape) => lab.relay_hosts(shape)?,
+            Wiring::Straight { megabits_per_second } => lab.join_hosts(megabits_per_second)?,
+        }
         Ok(lab)
     }
 
@@ -285,28 +313,24 @@ impl Lab {
         Ok(WireBytes { a_to_b: sent(Place::A)?, b_to_a: sent(Place::B)? })
     }
 
-    /// Shapes the link anew, both directions alike.
+    /// Shapes a relayed link anew, both directions alike; a straight one stays what it is.
     pub fn reshape(&self, shape: &Shape) {
-        self.relay().reshape(shape);
+        self.relay.iter().for_each(|relay| relay.reshape(shape));
     }
 
-    /// Cuts the link between the hosts; the guests' network stays.
+    /// Cuts a relayed link between the hosts; the guests' network stays, and so does a straight link.
     pub fn cut(&self) {
-        self.relay().cut();
+        self.relay.iter().for_each(Relay::cut);
     }
 
     /// Ends a cut.
     pub fn restore(&self) {
-        self.relay().restore();
+        self.relay.iter().for_each(Relay::restore);
     }
 
-    /// What the relay did and used.
+    /// What the relay did and used; nothing where there is none.
     pub fn relay_statistics(&self) -> RelayStatistics {
-        self.relay().statistics()
-    }
-
-    fn relay(&self) -> &Relay {
-        self.relay.as_ref().expect("a lab is only handed out with its relay running")
+        self.relay.as_ref().map(Relay::statistics).unwrap_or_default()
     }
 
     fn make_guest_network(&self) -> Result<(), LabError> {
@@ -333,7 +357,7 @@ impl Lab {
         ip::batch(&lan, &format!("addr add {CLIENT_ADDRESS}/24 dev br0\n"))
     }
 
-    fn make_migration_network(&mut self, shape: Shape) -> Result<(), LabError> {
+    fn relay_hosts(&mut self, shape: Shape) -> Result<(), LabError> {
         let [first, second] = [Place::A, Place::B].map(|host| {
             let tap = self.namespace(host).run(|| Tap::create(MIGRATION_INTERFACE))?;
             let tap = tap.map_err(LabError::io("make a TAP"))?;
@@ -346,6 +370,28 @@ impl Lab {
         });
         let relay = Relay::start(first?, second?, shape).map_err(LabError::io("start the relay"))?;
         self.relay = Some(relay);
+        Ok(())
+    }
+
+    fn join_hosts(&mut self, megabits_per_second: Option<u64>) -> Result<(), LabError> {
+        let [a, b] = [Place::A, Place::B].map(|host| self.namespace(host));
+        let pair = format!(
+            "link add {MIGRATION_INTERFACE} type veth peer name {MIGRATION_INTERFACE} netns {}\n",
+            b.name()
+        );
+        ip::batch(&a, &pair)?;
+        for host in [Place::A, Place::B] {
+            let address = host.address();
+            ip::batch(
+                &self.namespace(host),
+                &format!(
+                    "addr add {address}/24 dev {MIGRATION_INTERFACE}\nlink set {MIGRATION_INTERFACE} up\n"
+                ),
+            )?;
+            if let Some(rate) = megabits_per_second {
+                ip::limit(&self.namespace(host), MIGRATION_INTERFACE, rate)?;
+            }
+        }
         Ok(())
     }
 }
@@ -388,6 +434,28 @@ mod tests {
         drop(sender);
         assert_eq!(reader.join().unwrap().unwrap(), 1 << 20);
         assert!(lab.wire_bytes().unwrap().since(before).a_to_b > 1 << 20);
+    }
+
+    #[test]
+    fn a_straight_link_has_its_rate_and_no_relay() {
+        let straight = Wiring::Straight { megabits_per_second: Some(8) };
+        let lab = match Lab::wired(straight) {
+            Err(LabError::NotRoot) => return,
+            made => made.unwrap(),
+        };
+        let listener =
+            lab.namespace(Place::B).run(|| TcpListener::bind((Place::B.address(), 7000))).unwrap().unwrap();
+        let mut sender =
+            lab.namespace(Place::A).run(|| TcpStream::connect((Place::B.address(), 7000))).unwrap().unwrap();
+        let (mut receiver, _) = listener.accept().unwrap();
+        let writer = std::thread::spawn(move || sender.write_all(&vec![7; 1 << 20]));
+        let started = Instant::now();
+        assert_eq!(receiver.read_to_end(&mut Vec::new()).unwrap(), 1 << 20);
+        writer.join().unwrap().unwrap();
+        // A megabyte takes a second, less what the bucket held at first; however busy the machine is, not less.
+        assert!(started.elapsed() >= Duration::from_millis(500));
+        assert!(lab.wire_bytes().unwrap().a_to_b > 1 << 20);
+        assert_eq!(lab.relay_statistics().cpu, Duration::ZERO);
     }
 
     #[test]

@@ -47,7 +47,7 @@ pub struct Relay {
 }
 
 /// What became of the packets in both directions, and what relaying them cost.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct RelayStatistics {
     /// From the first TAP to the second.
     pub forward: Counters,

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Link, Turn};
-use crate::contest::{GUEST_MEMORY_MB, Outcome, Responses, cores::Busy};
+use crate::contest::{Outcome, Responses, cores::Busy};
 
 /// One migration, as `--json` has it. What wasn't measured or forecast is null.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -17,8 +17,13 @@ pub(super) struct Run {
     pub(super) contender: String,
     pub(super) workload: String,
     pub(super) guest_command: Option<String>,
-    pub(super) link_mbit: u64,
+    /// Null: unlimited.
+    pub(super) link_mbit: Option<u64>,
     pub(super) rtt_ms: u64,
+    /// How many were moved at once.
+    #[serde(default = "one")]
+    pub(super) guests: u8,
+    /// Memory of each.
     pub(super) guest_mb: u64,
     pub(super) round: u32,
     /// The guest runs at the target, with all its memory, within the time allowed.
@@ -27,8 +32,11 @@ pub(super) struct Run {
     pub(super) wire_bytes: u64,
     /// From the request until the guest runs at the target with all its memory, or until the time was over.
     pub(super) total_ms: f64,
-    /// STOP at the source to RESUME at the target.
+    /// STOP at the source to RESUME at the target; the median of several guests.
     pub(super) downtime_ms: Option<f64>,
+    /// The worst of several guests.
+    #[serde(default)]
+    pub(super) worst_downtime_ms: Option<f64>,
     /// The guest's pace during all of that as a share of that before.
     pub(super) guest_progress_ratio: Option<f64>,
     /// The longest silence in the guest's beat of 10 ms.
@@ -63,14 +71,16 @@ impl Run {
             contender: turn.contender.name.to_owned(),
             workload: turn.workload.clone(),
             guest_command: turn.guest_command.clone(),
-            link_mbit: turn.link.rate_mbit,
+            link_mbit: turn.link.rate.megabits_per_second(),
             rtt_ms: turn.link.round_trip_ms,
-            guest_mb: GUEST_MEMORY_MB,
+            guests: turn.guests,
+            guest_mb: turn.guest_mb(),
             round: turn.round,
             converged: outcome.converged,
             wire_bytes: outcome.wire_bytes,
             total_ms: outcome.total_ms,
             downtime_ms: outcome.downtime_ms,
+            worst_downtime_ms: outcome.worst_downtime_ms,
             guest_progress_ratio: outcome.guest_progress_ratio,
             beat_gap_ms: outcome.largest_beat_gap.as_secs_f64() * 1e3,
             floor_bytes: outcome.floor_bytes,
@@ -87,7 +97,7 @@ impl Run {
     }
 
     pub(super) fn link(&self) -> Link {
-        Link { rate_mbit: self.link_mbit, round_trip_ms: self.rtt_ms }
+        Link { rate: self.link_mbit.into(), round_trip_ms: self.rtt_ms }
     }
 
     fn is_of(&self, turn: &Turn) -> bool {
@@ -95,9 +105,13 @@ impl Run {
             && self.workload == turn.workload
             && self.guest_command == turn.guest_command
             && self.link() == turn.link
-            && self.guest_mb == GUEST_MEMORY_MB
+            && (self.guests, self.guest_mb) == (turn.guests, turn.guest_mb())
             && self.round == turn.round
     }
+}
+
+fn one() -> u8 {
+    1
 }
 
 impl fmt::Display for Run {
@@ -157,8 +171,8 @@ impl Ledger {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::*;
-    use crate::contest::Contender;
+    use super::{super::plan::Rate, *};
+    use crate::contest::{Contender, GUEST_MEMORY_MB};
 
     /// A run over 100 Mbit/s and 20 ms.
     pub(crate) fn run(contender: &str, workload: &str, round: u32, megabytes: u64) -> Run {
@@ -166,14 +180,16 @@ pub(super) mod tests {
             contender: contender.into(),
             workload: workload.into(),
             guest_command: None,
-            link_mbit: 100,
+            link_mbit: Some(100),
             rtt_ms: 20,
+            guests: 1,
             guest_mb: GUEST_MEMORY_MB,
             round,
             converged: true,
             wire_bytes: megabytes * 1_000_000,
             total_ms: megabytes as f64 * 80.0,
             downtime_ms: Some(megabytes as f64),
+            worst_downtime_ms: None,
             guest_progress_ratio: Some(0.99),
             beat_gap_ms: 12.0,
             floor_bytes: Some(90_000_000),
@@ -193,15 +209,18 @@ pub(super) mod tests {
     fn a_ledger_goes_on_where_it_was() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("bench.json");
-        let link = Link { rate_mbit: 100, round_trip_ms: 20 };
+        let link = Link { rate: Rate::MegabitsPerSecond(100), round_trip_ms: 20 };
         let contender = Contender::named("qemu-xbzrle").unwrap();
-        let turn = |round| Turn { link, workload: "medium".into(), guest_command: None, contender, round };
+        let workload = || "medium".to_owned();
+        let turn =
+            |round| Turn { link, workload: workload(), guests: 1, guest_command: None, contender, round };
         let mut ledger = Ledger::open(Some(&path)).unwrap();
         ledger.enter(run("qemu-xbzrle", "medium", 1, 300)).unwrap();
         let mut ledger = Ledger::open(Some(&path)).unwrap();
         assert!(ledger.has(&turn(1)) && !ledger.has(&turn(2)));
-        let other_link = Link { rate_mbit: 50, ..link };
+        let other_link = Link { rate: Rate::Unlimited, ..link };
         assert!(!ledger.has(&Turn { link: other_link, ..turn(1) }));
+        assert!(!ledger.has(&Turn { guests: 2, ..turn(1) }));
         ledger.enter(run("qemu-xbzrle", "medium", 2, 310)).unwrap();
         assert_eq!(Ledger::open(Some(&path)).unwrap().runs(), ledger.runs());
         std::fs::write(&path, "{}").unwrap();
@@ -211,11 +230,20 @@ pub(super) mod tests {
     #[test]
     fn runs_of_before_there_were_later_figures_are_read() {
         let mut written = serde_json::to_value(run("godwit", "medium", 1, 160)).unwrap();
-        for newer in ["floor_bytes", "responses", "reported_total_ms", "reported_wire_bytes"] {
+        let newer = [
+            "floor_bytes",
+            "responses",
+            "reported_total_ms",
+            "reported_wire_bytes",
+            "guests",
+            "worst_downtime_ms",
+        ];
+        for newer in newer {
             assert!(written.as_object_mut().unwrap().remove(newer).is_some());
         }
         let read: Run = serde_json::from_value(written).unwrap();
         assert_eq!((read.wire_bytes, read.floor_bytes, read.responses), (160_000_000, None, None));
+        assert_eq!(read.guests, 1);
     }
 
     #[test]

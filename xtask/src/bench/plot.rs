@@ -50,7 +50,7 @@ pub(super) fn render(summary: &Summary) -> String {
 
 fn heading(group: &Group, top: usize) -> String {
     let base = top + HEAD_HEIGHT - 10;
-    let mut svg = text(4, base, "bold", &format!("{}, {}", group.workload, group.link));
+    let mut svg = text(4, base, "bold", &group.title());
     for (index, (title, ..)) in PANELS.iter().enumerate() {
         svg.push_str(&text(NAME_WIDTH + index * PANEL_WIDTH, base, "bold", title));
     }

@@ -4,9 +4,9 @@ use std::fmt;
 
 use super::{
     ledger::Run,
-    plan::{Link, Plan},
+    plan::{Link, Plan, Rate},
 };
-use crate::contest::{Contender, GODWIT, Responses, Target};
+use crate::contest::{Contender, GODWIT, NO_SHARED, Responses, Target};
 
 /// The workloads on which godwit is held against shares of QEMU's figures.
 const JUDGED_BY_SHARE: [&str; 2] = ["medium", "heavy"];
@@ -14,8 +14,11 @@ const JUDGED_BY_SHARE: [&str; 2] = ["medium", "heavy"];
 const WIRE_SHARE: f64 = 0.5;
 const TOTAL_SHARE: f64 = 0.5;
 const DOWNTIME_SHARE: f64 = 0.2;
-/// From this rate on the link no longer decides; godwit isn't to be slower, and is to have less downtime.
-const FAST_LINK_MBIT: u64 = 1_000;
+/// So many guests at once are held against shares of their own: of QEMU's best (CloudNet's is 0.31, section 6.5.8), and of
+/// godwit without its cache across guests.
+const JUDGED_GUESTS: u8 = 4;
+const GUESTS_WIRE_SHARE: f64 = 0.3;
+const GUESTS_WIRE_SHARE_OF_APART: f64 = 0.75;
 /// The round trip for which the pause has a limit of its own, and what it may be above one round trip.
 const PAUSE_ROUND_TRIP_MS: u64 = 20;
 const PAUSE_OVER_ROUND_TRIP_MS: u64 = 30;
@@ -54,7 +57,10 @@ pub(super) struct Row {
     pub(super) floor_mb: Option<Spread>,
     pub(super) responses: Option<RowResponses>,
     pub(super) total_s: Option<Spread>,
+    /// The median of several guests.
     pub(super) downtime_ms: Option<Spread>,
+    /// The worst of several guests.
+    pub(super) worst_downtime_ms: Option<Spread>,
     pub(super) progress: Option<Spread>,
     pub(super) beat_gap_ms: Option<Spread>,
     /// Errors of the forecasts, shares of what came.
@@ -63,6 +69,8 @@ pub(super) struct Row {
     pub(super) emulator: Option<Spread>,
     pub(super) busy: Option<Spread>,
     pub(super) foreign: Option<Spread>,
+    /// Nothing but the machine limits, so that its being busy is no excuse.
+    is_unlimited: bool,
 }
 
 /// What a web server's clients saw, milliseconds; see [`Responses`].
@@ -81,6 +89,7 @@ pub(super) struct RowResponses {
 pub(super) struct Group {
     pub(super) link: Link,
     pub(super) workload: String,
+    pub(super) guests: u8,
     pub(super) rows: Vec<Row>,
 }
 
@@ -118,7 +127,7 @@ impl Spread {
 }
 
 impl Row {
-    fn of(contender: &'static Contender, runs: &[&Run]) -> Row {
+    fn of(contender: &'static Contender, link: Link, runs: &[&Run]) -> Row {
         let spread = |figure: fn(&Run) -> Option<f64>| Spread::of(runs.iter().filter_map(|run| figure(run)));
         Row {
             contender,
@@ -129,6 +138,7 @@ impl Row {
             responses: RowResponses::of(runs.iter().filter_map(|run| run.responses)),
             total_s: spread(|run| Some(run.total_ms / 1e3)),
             downtime_ms: spread(|run| run.downtime_ms),
+            worst_downtime_ms: spread(|run| run.worst_downtime_ms),
             progress: spread(|run| run.guest_progress_ratio),
             beat_gap_ms: spread(|run| Some(run.beat_gap_ms)),
             total_error: spread(|run| share_off(run.predicted_total_ms?, run.reported_total_ms?)),
@@ -136,6 +146,7 @@ impl Row {
             emulator: spread(|run| run.emulator_cpu_share),
             busy: spread(|run| run.busy_share),
             foreign: spread(|run| run.foreign_cpu_share),
+            is_unlimited: link.rate == Rate::Unlimited,
         }
     }
 
@@ -146,7 +157,8 @@ impl Row {
 
     /// Whether the machine, or the emulated link, had too little left to say how fast the contender is.
     pub(super) fn is_limited(&self) -> bool {
-        let limits = [(self.emulator, BUSY), (self.busy, BUSY), (self.foreign, DISTURBANCE_MAX)];
+        let busy = if self.is_unlimited { f64::INFINITY } else { BUSY };
+        let limits = [(self.emulator, busy), (self.busy, busy), (self.foreign, DISTURBANCE_MAX)];
         limits.iter().any(|(share, limit)| share.is_some_and(|share| share.median >= *limit))
     }
 
@@ -242,6 +254,7 @@ impl Group {
             .iter()
             .filter_map(|(metric, share)| self.against_best(godwit, metric, *share))
             .collect();
+        verdicts.extend(self.against_apart(godwit));
         let alone = |target| Verdict { target, limited: godwit.is_limited() };
         if let Some(floor) = godwit.floor_mb.filter(|_| self.is_judged_by_share()) {
             let text =
@@ -272,7 +285,11 @@ impl Group {
 
     /// The shares of QEMU's best that godwit's figures may be.
     fn shares(&self) -> Vec<(Metric, f64)> {
-        if self.link.rate_mbit >= FAST_LINK_MBIT {
+        if self.guests > 1 {
+            if self.guests == JUDGED_GUESTS { vec![(WIRE, GUESTS_WIRE_SHARE)] } else { Vec::new() }
+        } else if self.link.rate == Rate::Unlimited {
+            vec![(TOTAL, 1.0)]
+        } else if self.link.is_fast() {
             vec![(TOTAL, 1.0), (DOWNTIME, 1.0)]
         } else if self.is_judged_by_share() {
             vec![(WIRE, WIRE_SHARE), (TOTAL, TOTAL_SHARE), (DOWNTIME, DOWNTIME_SHARE)]
@@ -287,7 +304,9 @@ impl Group {
 
     /// `None`: there is nobody to be held against.
     fn against_best(&self, godwit: &Row, metric: &Metric, share: f64) -> Option<Verdict> {
-        let rivals = self.rows.iter().filter(|row| row.is_rival());
+        // godwit encrypts; where nothing but the machine limits, that is what others are to do too.
+        let is_like = |row: &&Row| !row.is_unlimited || row.contender.is_qemu_with_tls();
+        let rivals = self.rows.iter().filter(|row| row.is_rival()).filter(is_like);
         let (rival, best) = rivals
             .filter_map(|row| Some((row, metric.median(row)?)))
             .min_by(|(_, one), (_, other)| one.total_cmp(other))?;
@@ -299,6 +318,24 @@ impl Group {
         })
     }
 
+    /// `None`: nobody did without the cache across guests, or there are too few of them.
+    fn against_apart(&self, godwit: &Row) -> Option<Verdict> {
+        let is_apart = |row: &&Row| row.contender.name == NO_SHARED && row.always_converged();
+        let apart = self.rows.iter().filter(|_| self.guests == JUDGED_GUESTS).find(is_apart)?;
+        let text = format!("{}: at most {GUESTS_WIRE_SHARE_OF_APART} of {NO_SHARED}'s", WIRE.name);
+        let value = WIRE.median(godwit).zip(WIRE.median(apart)).map(|(own, apart)| own / apart);
+        Some(Verdict {
+            target: Target::at_most(GUESTS_WIRE_SHARE_OF_APART, value, text),
+            limited: godwit.is_limited() || apart.is_limited(),
+        })
+    }
+
+    /// What they were and did.
+    pub(super) fn title(&self) -> String {
+        let guests = if self.guests > 1 { format!(", {} guests", self.guests) } else { String::new() };
+        format!("{}{guests}, {}", self.workload, self.link)
+    }
+
     /// Says so if something else ran on the machine.
     pub(super) fn disturbance(&self) -> Option<String> {
         let used = Spread::of(self.rows.iter().filter_map(|row| Some(row.foreign?.median)))?;
@@ -306,6 +343,17 @@ impl Group {
             let [low, high] = [used.low, used.high].map(|share| share * 100.0);
             format!("the machine wasn't quiet: what isn't of the bench used {low:.0} to {high:.0} % of it")
         })
+    }
+
+    /// How little several guests' memories take together, where godwit has moved them.
+    pub(super) fn floor(&self) -> Option<String> {
+        let row = self.godwit().filter(|_| self.guests > 1)?;
+        let (floor, wire) = (row.floor_mb?.median, row.wire_mb?.median);
+        let times = wire / floor;
+        Some(format!(
+            "the different pages of all guests' memories at their arrival, compressed, take {floor:.1} MB; {times:.2} times that \
+             crossed the link"
+        ))
     }
 
     /// What web servers' clients saw, a line for each contender that had some.
@@ -346,19 +394,19 @@ impl Summary {
     /// Sums up the runs that the plan asks for.
     pub(super) fn of(plan: &Plan, runs: &[Run]) -> Summary {
         let mut groups = Vec::new();
-        for link in &plan.links {
+        for (link, guests) in plan.fields() {
             for workload in &plan.workloads {
-                let row = |contender: &&'static Contender| {
+                let row = |contender: &'static Contender| {
                     let of_row: Vec<&Run> = runs
                         .iter()
-                        .filter(|run| run.link() == *link && run.workload == *workload)
-                        .filter(|run| run.guest_command == plan.guest_command)
+                        .filter(|run| run.link() == link && run.workload == *workload)
+                        .filter(|run| run.guests == guests && run.guest_command == plan.guest_command)
                         .filter(|run| run.contender == contender.name && run.round <= plan.rounds)
                         .collect();
-                    (!of_row.is_empty()).then(|| Row::of(contender, &of_row))
+                    (!of_row.is_empty()).then(|| Row::of(contender, link, &of_row))
                 };
-                let rows: Vec<Row> = plan.contenders.iter().filter_map(row).collect();
-                groups.push(Group { link: *link, workload: workload.clone(), rows });
+                let rows: Vec<Row> = plan.contenders(link).into_iter().filter_map(row).collect();
+                groups.push(Group { link, workload: workload.clone(), guests, rows });
             }
         }
         groups.retain(|group| !group.rows.is_empty());
@@ -382,7 +430,11 @@ pub(super) mod tests {
     }
 
     pub(crate) fn summary(runs: &[Run]) -> Summary {
-        let line = Line::parse_from(["bench", "--workloads", "medium"]);
+        summary_of(&["bench", "--workloads", "medium"], runs)
+    }
+
+    fn summary_of(command: &[&str], runs: &[Run]) -> Summary {
+        let line = Line::parse_from(command);
         Summary::of(&Plan::of(&line.request).unwrap(), runs)
     }
 
@@ -457,6 +509,43 @@ pub(super) mod tests {
         let verdicts = summary(&runs).groups[0].verdicts();
         let judged: Vec<bool> = verdicts.iter().map(|verdict| !verdict.limited).collect();
         assert_eq!(judged, [false, false, false, true, true, true]);
+    }
+
+    #[test]
+    fn four_guests_are_held_against_qemu_and_against_a_cache_for_each() {
+        let built = |contender: &str, megabytes| Run {
+            guests: 4,
+            worst_downtime_ms: Some(90.0),
+            ..run(contender, "build", 1, megabytes)
+        };
+        let runs = [built(GODWIT, 90), built(NO_SHARED, 120), built("qemu-xbzrle", 310)];
+        let summary = summary_of(&["bench", "--guests", "2,4"], &runs);
+        let group = &summary.groups[0];
+        assert_eq!((summary.groups.len(), group.title()), (1, "build, 4 guests, 100 Mbit/s, 20 ms".into()));
+        let verdicts = group.verdicts();
+        let shares: Vec<f64> = verdicts[..2].iter().filter_map(|verdict| verdict.target.value).collect();
+        assert_eq!(shares, [90.0 / 310.0, 0.75]);
+        assert!(verdicts[..2].iter().all(|verdict| verdict.target.met()));
+        assert!(group.floor().unwrap().ends_with("take 90.0 MB; 1.00 times that crossed the link"));
+        let two = runs.map(|run| Run { guests: 2, ..run });
+        let verdicts = summary_of(&["bench", "--guests", "2,4"], &two).groups[0].verdicts();
+        assert!(!verdicts.iter().any(|verdict| verdict.target.text.starts_with("bytes")));
+    }
+
+    #[test]
+    fn an_unlimited_link_is_judged_among_those_that_encrypt_and_however_busy_the_machine() {
+        let unlimited = |contender: &str, megabytes| Run {
+            link_mbit: None,
+            rtt_ms: 0,
+            busy_share: Some(1.0),
+            ..run(contender, "medium", 1, megabytes)
+        };
+        let runs = [unlimited(GODWIT, 50), unlimited("qemu-multifd-tls", 100), unlimited("qemu-multifd", 20)];
+        let summary = summary_of(&["bench", "--rate", "unlimited", "--workloads", "medium"], &runs);
+        let group = &summary.groups[0];
+        let verdict = &group.verdicts()[0];
+        assert_eq!((verdict.target.value, verdict.to_string()), (Some(0.5), "met".into()));
+        assert!(group.better().iter().any(|line| line.starts_with("qemu-multifd: total time")));
     }
 
     #[test]

@@ -29,13 +29,14 @@ pub(super) fn cells(row: &Row) -> [String; COLUMNS.len()] {
         (None, None) => "–".to_owned(),
         (total, wire) => format!("{} time, {} bytes", share(total), share(wire)),
     };
+    let worst = |spread: Spread| format!("; worst {}", spread.shown(1));
     let mark = if row.is_limited() { " *" } else { "" };
     [
         row.contender.name.to_owned(),
         format!("{}/{}", row.converged, row.rounds),
         figure(row.wire_mb, 1),
         figure(row.total_s, 1),
-        figure(row.downtime_ms, 1),
+        figure(row.downtime_ms, 1) + &row.worst_downtime_ms.map(worst).unwrap_or_default(),
         figure(row.beat_gap_ms, 0),
         figure(row.progress, 3),
         forecast,
@@ -49,13 +50,13 @@ pub(super) fn render(summary: &Summary) -> String {
     let mut text = String::new();
     for group in &summary.groups {
         // Writing to a string doesn't fail.
-        let _ = writeln!(text, "{}, {}; medians (lowest–highest)", group.workload, group.link);
+        let _ = writeln!(text, "{}; medians (lowest–highest)", group.title());
         text.push_str(&aligned(group));
         if let Some(disturbance) = group.disturbance() {
             let _ = writeln!(text, "{disturbance}");
         }
-        for responses in group.responses() {
-            let _ = writeln!(text, "{responses}");
+        for line in group.responses().into_iter().chain(group.floor()) {
+            let _ = writeln!(text, "{line}");
         }
         for verdict in group.verdicts() {
             let _ = writeln!(text, "{:<62}{:>9}  {verdict}", verdict.target.text, verdict.target.shown());

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 
 use super::{
-    GODWIT, Outcome, Stage, godwit,
+    GODWIT, Load, Outcome, Stage, fleet, godwit,
     plain_qemu::{self, Way},
 };
 
@@ -13,6 +13,9 @@ pub(crate) struct Contender {
     pub(crate) name: &'static str,
     means: Means,
 }
+
+/// godwit without its cache across guests.
+pub(crate) const NO_SHARED: &str = "godwit-no-shared";
 
 #[derive(Debug)]
 enum Means {
@@ -67,8 +70,16 @@ const TECHNIQUES: [Contender; 10] = [
     Contender { name: "godwit-no-compress", means: Means::Godwit(&["--without", "compress"]) },
 ];
 
+/// Those that only some benches have: godwit without what several guests have use of, that each profits from the pages
+/// that others have sent; and QEMU with what costs nothing but processor time, which only the fastest links show.
+const SPECIAL: [Contender; 3] = [
+    Contender { name: NO_SHARED, means: Means::Godwit(&["--without", "shared"]) },
+    Contender { name: "qemu-precopy-tls", means: Means::Qemu(plain_qemu::PRECOPY_TLS) },
+    Contender { name: "qemu-multifd-tls", means: Means::Qemu(plain_qemu::MULTIFD_TLS) },
+];
+
 impl Contender {
-    /// Everybody but the techniques, in the order in which tables list them.
+    /// Everybody but the techniques and those for special benches, in the order in which tables list them.
     pub(crate) fn all() -> impl Iterator<Item = &'static Contender> {
         const { &ALL }.iter()
     }
@@ -78,16 +89,20 @@ impl Contender {
         const { &TECHNIQUES }.iter()
     }
 
+    /// Everybody.
+    fn all_there_are() -> impl Iterator<Item = &'static Contender> {
+        Contender::all().chain(Contender::techniques()).chain(const { &SPECIAL })
+    }
+
     /// The contender of that name.
     ///
     /// # Errors
     /// When there is none; names those there are.
     pub(crate) fn named(name: &str) -> Result<&'static Contender> {
-        let everybody = || Contender::all().chain(Contender::techniques());
-        match everybody().find(|contender| contender.name == name) {
+        match Contender::all_there_are().find(|contender| contender.name == name) {
             Some(contender) => Ok(contender),
             None => {
-                let names: Vec<&str> = everybody().map(|contender| contender.name).collect();
+                let names: Vec<&str> = Contender::all_there_are().map(|contender| contender.name).collect();
                 bail!("no contender {name}; there are {}", names.join(", "))
             }
         }
@@ -103,6 +118,11 @@ impl Contender {
         matches!(&self.means, Means::Qemu(way) if way.postcopy)
     }
 
+    /// Whether it is a QEMU that encrypts by itself.
+    pub(crate) fn is_qemu_with_tls(&self) -> bool {
+        matches!(&self.means, Means::Qemu(way) if way.tls)
+    }
+
     /// What it is, in a line for people.
     pub(crate) fn describe(&self) -> String {
         match &self.means {
@@ -112,12 +132,15 @@ impl Contender {
         }
     }
 
-    /// Boots a guest at host a and moves it to host b.
+    /// Boots the stage's guests at host a and moves them to host b.
     ///
     /// # Errors
     /// When something breaks; a guest that doesn't get there in time is an outcome.
     pub(crate) fn run(&self, stage: &Stage) -> Result<Outcome> {
         let moved = match &self.means {
+            Means::Godwit(options) if matches!(stage.load, Load::Build { .. }) => {
+                fleet::run(stage, self.name, options)
+            }
             Means::Godwit(options) => godwit::run(stage, self.name, options),
             Means::Qemu(way) => plain_qemu::run(stage, self.name, way),
         };
@@ -133,9 +156,9 @@ mod tests {
 
     #[test]
     fn contenders_are_found_by_names_that_differ() {
-        let everybody = Contender::all().chain(Contender::techniques());
-        let names: BTreeSet<&str> = everybody.map(|contender| contender.name).collect();
-        assert_eq!(names.len(), ALL.len() + TECHNIQUES.len());
+        let names: BTreeSet<&str> = Contender::all_there_are().map(|contender| contender.name).collect();
+        assert_eq!(names.len(), ALL.len() + TECHNIQUES.len() + SPECIAL.len());
+        assert!(Contender::named("qemu-multifd-tls").unwrap().is_qemu_with_tls());
         assert!(Contender::named(GODWIT).unwrap().is_godwit());
         assert!(Contender::named("qemu-postcopy").unwrap().is_postcopy());
         assert!(Contender::named("xen").unwrap_err().to_string().contains("qemu-xbzrle"));

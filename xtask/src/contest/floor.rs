@@ -7,7 +7,7 @@ use std::{
     collections::HashSet,
     fs::{self, File},
     io::{self, Read},
-    path::Path,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -16,8 +16,6 @@ use godwit_sim::qmp::Qmp;
 use serde_json::json;
 use xxhash_rust::xxh3::xxh3_128;
 
-use super::GUEST_MEMORY_MB;
-
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const PAGE_BYTES: usize = 4096;
 /// What is compressed together.
@@ -25,38 +23,72 @@ const BATCH_BYTES: usize = 64 << 10;
 /// The level with which godwit begins.
 const LEVEL: i32 = 3;
 
-/// The floor of a running guest's memory. Its monitor must be free; the image lies in `directory` meanwhile.
+/// The floor of running guests' memories, of so many MB each: a page that several have counts once. Their monitors must be
+/// free; an image at a time lies in `directory` meanwhile.
 ///
 /// # Errors
 /// What QEMU or the file system says.
-pub(super) fn of_guest(monitor: &Path, directory: &Path) -> Result<u64> {
+pub(super) fn of_guests(
+    monitors: impl IntoIterator<Item = PathBuf>,
+    memory_mb: u64,
+    directory: &Path,
+) -> Result<u64> {
     let image = directory.join("memory.image");
-    let mut monitor = Qmp::connect(monitor, CONNECT_LIMIT).context("cannot reach the guest's monitor")?;
-    let range = json!({ "val": 0, "size": GUEST_MEMORY_MB << 20, "filename": image });
-    let saved = monitor.execute("pmemsave", range).context("cannot save the guest's memory");
-    let floor = saved.and_then(|_| Ok(of_image(File::open(&image)?)?));
-    let _ = fs::remove_file(&image);
-    floor
+    let mut floor = Floor::new()?;
+    for monitor in monitors {
+        let mut monitor =
+            Qmp::connect(&monitor, CONNECT_LIMIT).context("cannot reach the guest's monitor")?;
+        let range = json!({ "val": 0, "size": memory_mb << 20, "filename": image });
+        let saved = monitor.execute("pmemsave", range).context("cannot save the guest's memory");
+        let added = saved.and_then(|_| Ok(floor.add(File::open(&image)?)?));
+        let _ = fs::remove_file(&image);
+        added?;
+    }
+    Ok(floor.finish()?)
 }
 
-/// The floor of a raw image.
-fn of_image(mut image: impl Read) -> io::Result<u64> {
-    let mut compressor = zstd::bulk::Compressor::new(LEVEL)?;
-    let mut seen = HashSet::from([xxh3_128(&[0; PAGE_BYTES])]);
-    let (mut batch, mut floor) = (Vec::with_capacity(BATCH_BYTES), 0);
-    let mut page = [0; PAGE_BYTES];
-    loop {
-        let is_over = !read_page(&mut image, &mut page)?;
-        if !is_over && seen.insert(xxh3_128(&page)) {
-            batch.extend_from_slice(&page);
+/// A floor that grows with each image.
+struct Floor {
+    compressor: zstd::bulk::Compressor<'static>,
+    /// Pages' digests.
+    seen: HashSet<u128>,
+    batch: Vec<u8>,
+    bytes: u64,
+}
+
+impl Floor {
+    fn new() -> io::Result<Floor> {
+        Ok(Floor {
+            compressor: zstd::bulk::Compressor::new(LEVEL)?,
+            seen: HashSet::from([xxh3_128(&[0; PAGE_BYTES])]),
+            batch: Vec::with_capacity(BATCH_BYTES),
+            bytes: 0,
+        })
+    }
+
+    /// Adds a raw image.
+    fn add(&mut self, mut image: impl Read) -> io::Result<()> {
+        let mut page = [0; PAGE_BYTES];
+        while read_page(&mut image, &mut page)? {
+            if self.seen.insert(xxh3_128(&page)) {
+                self.batch.extend_from_slice(&page);
+            }
+            if self.batch.len() == BATCH_BYTES {
+                self.compress()?;
+            }
         }
-        if batch.len() == BATCH_BYTES || is_over {
-            floor += compressor.compress(&batch)?.len().min(batch.len()) as u64;
-            batch.clear();
-        }
-        if is_over {
-            return Ok(floor);
-        }
+        Ok(())
+    }
+
+    fn finish(mut self) -> io::Result<u64> {
+        self.compress()?;
+        Ok(self.bytes)
+    }
+
+    fn compress(&mut self) -> io::Result<()> {
+        self.bytes += self.compressor.compress(&self.batch)?.len().min(self.batch.len()) as u64;
+        self.batch.clear();
+        Ok(())
     }
 }
 
@@ -78,12 +110,25 @@ mod tests {
         (0..PAGE_BYTES).map(|_| random.u8(..)).collect()
     }
 
+    fn floor_of(images: &[&[u8]]) -> u64 {
+        let mut floor = Floor::new().unwrap();
+        images.iter().for_each(|image| floor.add(*image).unwrap());
+        floor.finish().unwrap()
+    }
+
+    #[test]
+    fn a_page_that_several_guests_have_counts_once() {
+        let (one, other, third) = (noise(1), noise(2), noise(3));
+        let images = [[one.clone(), other.clone()].concat(), [third, one, other].concat()];
+        assert_eq!(floor_of(&[&images[0], &images[1]]), 3 * PAGE_BYTES as u64);
+    }
+
     #[test]
     fn only_different_pages_count_and_zeros_not_at_all() {
         let (one, other, zero) = (noise(1), noise(2), vec![0; PAGE_BYTES]);
         let floor = |pages: &[&Vec<u8>]| {
             let image: Vec<u8> = pages.iter().flat_map(|page| page.iter().copied()).collect();
-            of_image(image.as_slice()).unwrap()
+            floor_of(&[&image])
         };
         assert_eq!(floor(&[&zero, &zero]), 0);
         assert_eq!(floor(&[&one]), PAGE_BYTES as u64);
@@ -93,6 +138,6 @@ mod tests {
     #[test]
     fn what_repeats_within_a_batch_is_compressed() {
         let text: Vec<u8> = b"the same words again ".iter().copied().cycle().take(64 * PAGE_BYTES).collect();
-        assert!(of_image(text.as_slice()).unwrap() < 8 * PAGE_BYTES as u64);
+        assert!(floor_of(&[&text]) < 8 * PAGE_BYTES as u64);
     }
 }

@@ -16,7 +16,7 @@ use super::{
 };
 
 /// When to give up.
-const LIMIT: Duration = Duration::from_secs(180);
+pub(super) const LIMIT: Duration = Duration::from_secs(180);
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
 /// Boots the guest at host a and has godwit move it to host b; where the stage wants that, no longer timed, back with
@@ -38,8 +38,9 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     outcome.downtime_ms = report["downtime_ms"].as_f64();
     outcome.predicted = prediction(&report);
     outcome.reported = reported(&report);
+    outcome.report = Some(report);
     if stage.finds_floor {
-        outcome.floor_bytes = Some(hosts.b.memory_floor()?);
+        outcome.floor_bytes = Some(hosts.b.memory_floor(&[MACHINE], stage.load.memory_mb())?);
     }
     println!("  {}", watch.check()?);
     if stage.compares_memories {
@@ -78,7 +79,7 @@ fn migrate(stage: &Stage, hosts: &Hosts, from: &Host, to: &Host, verify: &str) -
 }
 
 /// Whether a command succeeded; one that takes too long is ended, and with it what it watches: `migrate` leaves it alone.
-fn await_end(mut command: Child, limit: Duration) -> Result<Option<bool>> {
+pub(super) fn await_end(mut command: Child, limit: Duration) -> Result<Option<bool>> {
     let started = Instant::now();
     loop {
         if let Some(status) = command.try_wait()? {
@@ -94,7 +95,7 @@ fn await_end(mut command: Child, limit: Duration) -> Result<Option<bool>> {
 }
 
 /// When the guest ran at the target, as for QEMU's contenders: by the event of the target's QEMU.
-fn resumed(report: &Value) -> Option<SystemTime> {
+pub(super) fn resumed(report: &Value) -> Option<SystemTime> {
     report["resumed_unix_ms"].as_u64().map(|ms| SystemTime::UNIX_EPOCH + Duration::from_millis(ms))
 }
 

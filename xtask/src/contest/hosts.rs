@@ -60,11 +60,12 @@ impl Host {
         Ok(worker)
     }
 
-    /// What the memory of the machine here takes at least.
-    pub(super) fn memory_floor(&self) -> Result<u64> {
+    /// What the memories of machines here take at least, together.
+    pub(super) fn memory_floor(&self, machines: &[&str], memory_mb: u64) -> Result<u64> {
         // Agent and workers have the other monitor, and are through with this one.
-        let monitor = self.directory.join("state/machines").join(MACHINE).join("qmp-migration.sock");
-        floor::of_guest(&monitor, &self.directory)
+        let monitor =
+            |machine| self.directory.join("state/machines").join(machine).join("qmp-migration.sock");
+        floor::of_guests(machines.iter().map(monitor), memory_mb, &self.directory)
     }
 
     /// What the host keeps of a migration.
@@ -131,12 +132,23 @@ impl Hosts {
         }
     }
 
-    /// Boots the machine at host a.
+    /// Boots the one machine at host a.
     pub(crate) fn boot(&self, image: &GuestImage, command_line: &str) -> Result<()> {
-        let file = self.a.directory.join("web1.toml");
+        self.boot_machine(MACHINE, GUEST_MEMORY_MB, image, command_line)
+    }
+
+    /// Boots a machine at host a.
+    pub(super) fn boot_machine(
+        &self,
+        name: &str,
+        memory_mb: u64,
+        image: &GuestImage,
+        command_line: &str,
+    ) -> Result<()> {
+        let file = self.a.directory.join(format!("{name}.toml"));
         let (kernel, initrd) = (image.kernel.display(), image.initrd.display());
         let spec = format!(
-            "name = \"{MACHINE}\"\nmachine = \"pc\"\naccel = \"tcg\"\nmemory = \"{GUEST_MEMORY_MB}M\"\n\n\
+            "name = \"{name}\"\nmachine = \"pc\"\naccel = \"tcg\"\nmemory = \"{memory_mb}M\"\n\n\
              [boot]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\nappend = \"{command_line}\"\n\n\
              [[net]]\nbridge = \"{GUEST_BRIDGE}\"\n"
         );

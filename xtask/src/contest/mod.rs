@@ -1,14 +1,19 @@
-//! One busy guest, one link, and whoever moves it: what the demo shows and the bench measures.
+//! Busy guests, mostly one, one link, and whoever moves them: what the demo shows and the bench measures.
 
-use std::{net::SocketAddr, path::Path, time::Duration};
+use std::{
+    net::{Ipv4Addr, SocketAddr},
+    path::Path,
+    time::Duration,
+};
 
 use godwit_sim::{
-    guest_image::{GuestImage, Program},
-    lab::Lab,
+    guest_image::{BUILD, GuestImage, Program},
+    lab::{FIRST_GUEST_ADDRESS, Lab},
 };
 
 mod contender;
 pub(crate) mod cores;
+mod fleet;
 mod floor;
 mod godwit;
 pub(crate) mod hosts;
@@ -16,10 +21,11 @@ mod outcome;
 mod plain_qemu;
 mod responses;
 mod target;
+mod tls;
 pub(crate) mod watch;
 
 pub(crate) use self::{
-    contender::Contender,
+    contender::{Contender, NO_SHARED},
     outcome::{Account, Outcome},
     responses::Responses,
     target::Target,
@@ -28,8 +34,10 @@ pub(crate) use self::{
 
 /// The pause that godwit aims at, and that one of QEMU's contenders is given as its limit.
 pub(crate) const DOWNTIME_TARGET: Duration = Duration::from_millis(50);
-/// Memory of the guest.
+/// Memory of a guest that is alone.
 pub(crate) const GUEST_MEMORY_MB: u64 = 512;
+/// Memory of each of the guests that build together.
+pub(crate) const BUILD_MEMORY_MB: u64 = 256;
 /// The contender that all others are there for.
 pub(crate) const GODWIT: &str = "godwit";
 
@@ -59,16 +67,84 @@ pub(crate) enum Load<'a> {
     Command(&'a str),
     /// A real program, which the stage's image has.
     Program(&'static Program),
+    /// One build by so many guests; the stage's image has [`BUILD`].
+    Build {
+        /// At least one.
+        guests: u8,
+    },
 }
 
-impl Stage<'_> {
-    /// The guest's kernel command line.
-    pub(crate) fn command_line(&self, beat: SocketAddr) -> String {
-        let line = |workload| GuestImage::command_line(workload, watch::GUEST_ADDRESS, Some(beat));
-        match self.load {
+impl<'a> Load<'a> {
+    /// How many guests are moved at once.
+    pub(crate) fn guests(self) -> u8 {
+        match self {
+            Load::Build { guests } => guests,
+            _ => 1,
+        }
+    }
+
+    /// Memory of each guest.
+    pub(crate) fn memory_mb(self) -> u64 {
+        match self {
+            Load::Build { .. } => BUILD_MEMORY_MB,
+            _ => GUEST_MEMORY_MB,
+        }
+    }
+
+    fn program(self) -> Option<&'static Program> {
+        match self {
+            Load::Program(program) => Some(program),
+            Load::Build { .. } => Some(const { &BUILD }),
+            _ => None,
+        }
+    }
+
+    /// The kernel command line of a guest.
+    fn command_line(self, guest: u8, beat: Option<SocketAddr>) -> String {
+        let line = |workload| GuestImage::command_line(workload, guest_address(guest), beat);
+        match self {
             Load::Workload(name) => line(name),
             Load::Command(command) => line("idle") + &GuestImage::command_word(command),
             Load::Program(program) => line("idle") + &GuestImage::command_word(&program.command()),
+            Load::Build { guests } => {
+                let command = format!("{} {guest} {guests}", BUILD.command());
+                line("idle") + &GuestImage::command_word(&command)
+            }
         }
+    }
+}
+
+impl Stage<'_> {
+    /// The kernel command line of the first guest, the one that beats.
+    pub(crate) fn command_line(&self, beat: SocketAddr) -> String {
+        self.load.command_line(0, Some(beat))
+    }
+
+    /// The kernel command lines of all guests.
+    fn command_lines(&self, beat: SocketAddr) -> Vec<String> {
+        let beat_of = |guest| (guest == 0).then_some(beat);
+        (0..self.load.guests()).map(|guest| self.load.command_line(guest, beat_of(guest))).collect()
+    }
+}
+
+/// Where a guest is.
+fn guest_address(guest: u8) -> Ipv4Addr {
+    let [a, b, c, d] = FIRST_GUEST_ADDRESS.octets();
+    Ipv4Addr::new(a, b, c, d.saturating_add(guest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn guests_that_build_know_which_they_are_and_only_the_first_beats() {
+        let load = Load::Build { guests: 4 };
+        let beat: SocketAddr = ([10, 78, 0, 1], 9000).into();
+        let lines = [load.command_line(0, Some(beat)), load.command_line(3, None)];
+        let command = |guest| GuestImage::command_word(&format!("/programs/build {guest} 4"));
+        assert!(lines[0].ends_with(&format!("address=10.78.0.10 observer=10.78.0.1:9000{}", command(0))));
+        assert!(lines[1].ends_with(&format!("address=10.78.0.13{}", command(3))), "{}", lines[1]);
+        assert_eq!((load.guests(), load.memory_mb()), (4, 256));
     }
 }

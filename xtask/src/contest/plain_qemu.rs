@@ -3,12 +3,12 @@
 use std::{
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    thread,
     time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::{Context, Result, bail};
 use godwit_sim::{
-    guest_image::GuestImage,
     lab::{Place, Process},
     observer::BeatListener,
     qmp::{Event, Qmp},
@@ -17,12 +17,13 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{
-    DOWNTIME_TARGET, GUEST_MEMORY_MB, Outcome, Span, Stage,
+    DOWNTIME_TARGET, Outcome, Span, Stage,
+    tls::{self, Credentials},
     watch::{Watch, milliseconds},
 };
 
+/// The first guest's; the others' follow.
 const MIGRATION_PORT: u16 = 4444;
-const TAP: &str = "vm0";
 /// More than any link here; QEMU's default would limit a link of 1 Gbit/s.
 const UNLIMITED_BYTES_PER_SECOND: u64 = 10_000_000_000;
 const XBZRLE_CACHE_BYTES: u64 = 256 << 20;
@@ -37,6 +38,8 @@ pub(super) struct Way {
     /// Parameters, set at both ends.
     parameters: &'static [(&'static str, Setting)],
     channel: Channel,
+    /// Every connection is encrypted, and both ends show certificates.
+    pub(super) tls: bool,
     /// The guest goes on at the target after the first pass; the rest of its memory follows.
     pub(super) postcopy: bool,
     /// When to give up.
@@ -67,6 +70,7 @@ pub(super) const PRECOPY: Way = Way {
     capabilities: &[],
     parameters: &[],
     channel: Channel::Tcp,
+    tls: false,
     postcopy: false,
     limit: Duration::from_secs(60),
 };
@@ -86,6 +90,10 @@ pub(super) const MULTIFD: Way = Way { capabilities: &["multifd"], parameters: &[
 /// Over two connections, compressed.
 pub(super) const MULTIFD_ZSTD: Way =
     Way { parameters: &[CHANNELS, ("multifd-compression", Setting::Word("zstd"))], ..MULTIFD };
+/// As it comes, encrypted.
+pub(super) const PRECOPY_TLS: Way = Way { tls: true, ..PRECOPY };
+/// Over two connections, encrypted.
+pub(super) const MULTIFD_TLS: Way = Way { tls: true, ..MULTIFD };
 /// Compressed outside QEMU.
 pub(super) const ZSTD_PIPE: Way =
     Way { channel: Channel::ZstdPipe, limit: Duration::from_secs(120), ..PRECOPY };
@@ -109,28 +117,29 @@ impl Way {
             Setting::Word(word) => format!("`{name}` {word}"),
         });
         let channel = (self.channel == Channel::ZstdPipe).then(|| "through `zstd -1`".to_owned());
-        let parts: Vec<String> = capabilities.chain(parameters).chain(channel).collect();
+        let tls = self.tls.then(|| "QEMU's own TLS with certificates on both sides".to_owned());
+        let parts: Vec<String> = capabilities.chain(parameters).chain(channel).chain(tls).collect();
         let what = if parts.is_empty() { "as it comes".to_owned() } else { parts.join(", ") };
         format!("{what}; given up after {} s", self.limit.as_secs())
     }
 }
 
 impl Channel {
-    /// Where the target listens.
-    fn listening(self) -> String {
+    /// Where a guest's target listens.
+    fn listening(self, guest: u8) -> String {
+        let port = MIGRATION_PORT + u16::from(guest);
         match self {
-            Channel::Tcp => format!("tcp:{}:{MIGRATION_PORT}", Place::B.address()),
-            Channel::ZstdPipe => format!("exec:busybox nc -l -p {MIGRATION_PORT} | zstd -dcq"),
+            Channel::Tcp => format!("tcp:{}:{port}", Place::B.address()),
+            Channel::ZstdPipe => format!("exec:busybox nc -l -p {port} | zstd -dcq"),
         }
     }
 
-    /// Where the source sends.
-    fn sending(self) -> String {
+    /// Where its source sends.
+    fn sending(self, guest: u8) -> String {
+        let port = MIGRATION_PORT + u16::from(guest);
         match self {
-            Channel::Tcp => self.listening(),
-            Channel::ZstdPipe => {
-                format!("exec:zstd -1 -cq | busybox nc {} {MIGRATION_PORT}", Place::B.address())
-            }
+            Channel::Tcp => self.listening(guest),
+            Channel::ZstdPipe => format!("exec:zstd -1 -cq | busybox nc {} {port}", Place::B.address()),
         }
     }
 
@@ -143,47 +152,71 @@ impl Channel {
     }
 }
 
-/// Boots the guest at host a and has QEMU migrate it to host b.
+/// Boots the guests at host a and has QEMU migrate them to host b, all at once.
 pub(super) fn run(stage: &Stage, name: &'static str, way: &Way) -> Result<Outcome> {
     way.channel.check()?;
     let beat = BeatListener::start(&stage.lab.namespace(Place::Lan))?;
-    let command_line = stage.command_line(beat.address());
-    let mut source = Machine::start(stage, Place::A, &command_line, name, way)?;
+    let command_lines = stage.command_lines(beat.address());
+    let start = |host| {
+        let guests = (0u8..).zip(&command_lines);
+        let start = |(guest, line): (u8, &String)| Machine::start(stage, host, guest, line, name, way);
+        guests.map(start).collect::<Result<Vec<Machine>>>()
+    };
+    let mut sources = start(Place::A)?;
     let watch = Watch::start(stage, beat)?;
-    let mut target = Machine::start(stage, Place::B, &command_line, name, way)?;
-    target.qmp.execute("migrate-incoming", json!({ "uri": way.channel.listening() }))?;
+    let mut targets = start(Place::B)?;
+    for target in &mut targets {
+        target.qmp.execute("migrate-incoming", json!({ "uri": way.channel.listening(target.guest) }))?;
+    }
     let before = watch.wire_bytes()?;
     let started = SystemTime::now();
-    source.qmp.execute("migrate", json!({ "uri": way.channel.sending() }))?;
-    let arrival = await_arrival(&mut source, &mut target, way, way.limit * stage.patience)?;
-    let ended = arrival.as_ref().map_or_else(SystemTime::now, |arrival| arrival.complete);
+    for source in &mut sources {
+        source.qmp.execute("migrate", json!({ "uri": way.channel.sending(source.guest) }))?;
+    }
+    let arrivals = await_arrivals(&mut sources, &mut targets, way, way.limit * stage.patience)?;
+    let complete = arrivals.iter().flatten().map(|arrival| arrival.complete).max();
+    let ended = complete.unwrap_or_else(SystemTime::now);
     let mut outcome = watch.outcome(name, Span { started, ended }, before)?;
-    if let Some(arrival) = arrival {
-        let stopped = source.qmp.wait_for(START_LIMIT, |event| event.name == "STOP")?;
-        let stopped = stopped.context("the target runs but the source has not stopped")?;
-        outcome.converged = true;
-        outcome.downtime_ms = Some(milliseconds(stopped.at, arrival.resumed));
+    if let Some(arrivals) = arrivals {
+        outcome.converge(arrivals.iter().map(|arrival| arrival.downtime_ms).collect());
         println!("  {}", watch.check()?);
     }
     Ok(outcome)
 }
 
-/// The guest at the target.
+/// A guest at the target.
 struct Arrival {
-    /// It runs there.
-    resumed: SystemTime,
-    /// And has all its memory.
+    /// From its stop to its running there.
+    downtime_ms: f64,
+    /// It runs there and has all its memory.
     complete: SystemTime,
 }
 
-/// Waits until the guest is at the target; `None`: not within `limit`.
+/// Waits until all guests are at the target; `None`: not all within `limit`.
+fn await_arrivals(
+    sources: &mut [Machine],
+    targets: &mut [Machine],
+    way: &Way,
+    limit: Duration,
+) -> Result<Option<Vec<Arrival>>> {
+    let deadline = Instant::now() + limit;
+    thread::scope(|scope| {
+        let pairs = sources.iter_mut().zip(targets);
+        let waits: Vec<_> = pairs
+            .map(|(source, target)| scope.spawn(move || await_arrival(source, target, way, deadline)))
+            .collect();
+        let joined = waits.into_iter().map(|wait| wait.join());
+        joined.map(|arrival| arrival.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
+    })
+}
+
+/// Waits until a guest is at the target; `None`: not before `deadline`.
 fn await_arrival(
     source: &mut Machine,
     target: &mut Machine,
     way: &Way,
-    limit: Duration,
+    deadline: Instant,
 ) -> Result<Option<Arrival>> {
-    let deadline = Instant::now() + limit;
     if way.postcopy && !start_postcopy(source, deadline)? {
         return Ok(None);
     }
@@ -197,7 +230,10 @@ fn await_arrival(
     } else {
         Some(resumed)
     };
-    Ok(complete.map(|complete| Arrival { resumed, complete }))
+    let Some(complete) = complete else { return Ok(None) };
+    let stopped = source.qmp.wait_for(START_LIMIT, |event| event.name == "STOP")?;
+    let stopped = stopped.context("the target runs but the source has not stopped")?;
+    Ok(Some(Arrival { downtime_ms: milliseconds(stopped.at, resumed), complete }))
 }
 
 /// Lets the guest go on at the target as soon as all of its memory was sent once; false: not before `deadline`.
@@ -223,26 +259,31 @@ struct Machine<'a> {
     process: Process,
     stage: &'a Stage<'a>,
     host: Place,
+    guest: u8,
 }
 
 impl<'a> Machine<'a> {
-    /// Starts QEMU: at host a to boot the guest, at host b to receive it.
+    /// Starts QEMU: at host a to boot a guest, at host b to receive it.
     fn start(
         stage: &'a Stage,
         host: Place,
+        guest: u8,
         command_line: &str,
         name: &str,
         way: &Way,
     ) -> Result<Machine<'a>> {
-        stage.lab.make_guest_tap(host, TAP)?;
+        stage.lab.make_guest_tap(host, &tap(guest))?;
+        let name = format!("{name}-{guest}");
         let socket = stage.lab.directory_of(host)?.join(format!("{name}.qmp"));
-        let mut command = command(stage.image, command_line, &socket);
+        let mut command = command(stage, guest, command_line, &socket);
+        let credentials = if way.tls { Some(Credentials::make(stage.lab, host)?) } else { None };
+        command.args(credentials.iter().flat_map(Credentials::arguments));
         if host == Place::B {
             command.args(["-incoming", "defer"]);
         }
-        let process = stage.lab.spawn(host, name, &mut command, true)?;
+        let process = stage.lab.spawn(host, &name, &mut command, true)?;
         let qmp = Qmp::connect(&socket, START_LIMIT).context("QEMU has not started")?;
-        let mut machine = Machine { qmp, process, stage, host };
+        let mut machine = Machine { qmp, process, stage, host, guest };
         machine.prepare(way)?;
         Ok(machine)
     }
@@ -255,6 +296,10 @@ impl<'a> Machine<'a> {
         for (name, setting) in way.parameters {
             parameters[*name] = json!(setting);
         }
+        if way.tls {
+            parameters["tls-creds"] = json!(tls::ID);
+            parameters["tls-hostname"] = json!(Place::B.name());
+        }
         self.qmp.execute("migrate-set-parameters", parameters)?;
         Ok(())
     }
@@ -264,28 +309,33 @@ impl Drop for Machine<'_> {
     fn drop(&mut self) {
         // Both fail only where there is nothing left to remove.
         let _ = self.process.kill();
-        let _ = self.stage.lab.remove_guest_tap(self.host, TAP);
+        let _ = self.stage.lab.remove_guest_tap(self.host, &tap(self.guest));
     }
 }
 
-fn command(image: &GuestImage, command_line: &str, socket: &Path) -> Command {
+/// The TAP of a guest, at both hosts.
+fn tap(guest: u8) -> String {
+    format!("vm{guest}")
+}
+
+fn command(stage: &Stage, guest: u8, command_line: &str, socket: &Path) -> Command {
     let serial: PathBuf = socket.with_extension("serial");
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args(["-machine", "pc,accel=tcg", "-smp", "1", "-nodefaults", "-display", "none", "-no-reboot"])
         // Names the thread of the guest's processor, so that it can be told from the others.
         .args(["-name", "debug-threads=on"])
-        .args(["-m", &format!("{GUEST_MEMORY_MB}M")])
-        .args(["-netdev", &format!("tap,id=net0,ifname={TAP},script=no,downscript=no")])
-        .args(["-device", "virtio-net-pci,netdev=net0,mac=52:54:00:4e:00:10"])
+        .args(["-m", &format!("{}M", stage.load.memory_mb())])
+        .args(["-netdev", &format!("tap,id=net0,ifname={},script=no,downscript=no", tap(guest))])
+        .args(["-device", &format!("virtio-net-pci,netdev=net0,mac=52:54:00:4e:00:{:02x}", 0x10 + guest)])
         .arg("-serial")
         .arg(format!("file:{}", serial.display()))
         .arg("-qmp")
         .arg(format!("unix:{},server=on,wait=off", socket.display()))
         .arg("-kernel")
-        .arg(&image.kernel)
+        .arg(&stage.image.kernel)
         .arg("-initrd")
-        .arg(&image.initrd)
+        .arg(&stage.image.initrd)
         .args(["-append", command_line]);
     command
 }
@@ -303,5 +353,7 @@ mod tests {
         );
         let piped = "`xbzrle`, `xbzrle-cache-size` 268435456, through `zstd -1`; given up after 120 s";
         assert_eq!(XBZRLE_ZSTD_PIPE.describe(), piped);
+        let encrypted = "QEMU's own TLS with certificates on both sides; given up after 60 s";
+        assert_eq!(PRECOPY_TLS.describe(), encrypted);
     }
 }

@@ -1,4 +1,4 @@
-//! A guest seen from outside while a contender moves it.
+//! Guests seen from outside while a contender moves them: the first of them closely.
 
 use std::{
     net::Ipv4Addr,
@@ -14,12 +14,14 @@ use godwit_sim::{
     web_client::WebClient,
 };
 
-use super::{Account, Load, Outcome, Responses, Stage};
+use super::{Account, Load, Outcome, Responses, Stage, guest_address};
 
 /// Where the guest is.
 pub(crate) const GUEST_ADDRESS: Ipv4Addr = FIRST_GUEST_ADDRESS;
 /// How long the guest's pace is watched before anything happens to it.
 const BEFORE: Duration = Duration::from_secs(5);
+/// The same of a build, whose pieces are big.
+const BEFORE_BUILD: Duration = Duration::from_secs(20);
 /// How long it is watched afterwards, so that its silence is seen to end and the last acknowledgements are counted.
 const AFTER: Duration = Duration::from_millis(1_000);
 const BOOT_LIMIT: Duration = Duration::from_secs(60);
@@ -29,11 +31,16 @@ const WORK_LIMIT: Duration = Duration::from_secs(120);
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 const WEB_PORT: u16 = 80;
 
-/// A guest that is being followed over a connection held throughout.
+/// Guests that are being followed over connections held throughout.
 pub(super) struct Watch<'a> {
     lab: &'a Lab,
     beat: BeatListener,
+    /// Of the first guest; it counts what all do together.
     progress: Progress,
+    /// The other guests'.
+    others: Vec<Progress>,
+    /// How long the pace was watched before anything happens.
+    before: Duration,
     /// Where the guest is a web server: asks it for pages, and sees through which host its beat comes.
     web: Option<(WebClient, BeatRecorder)>,
     /// The guest counts nothing, so that its pace is that of its beat.
@@ -48,21 +55,27 @@ pub(crate) struct Span {
 }
 
 impl<'a> Watch<'a> {
-    /// Waits until the guest has booted and its pace is known.
+    /// Waits until the guests have booted and their pace is known.
     pub(super) fn start(stage: &Stage<'a>, beat: BeatListener) -> Result<Watch<'a>> {
-        let progress = Progress::connect(&stage.lab.namespace(Place::Lan), GUEST_ADDRESS, BOOT_LIMIT)
-            .context("the guest has not booted")?;
-        let mut watch = Watch { lab: stage.lab, beat, progress, web: None, paced_by_beat: false };
-        if let Load::Program(program) = stage.load {
+        let lan = stage.lab.namespace(Place::Lan);
+        let meet = |guest| {
+            Progress::connect(&lan, guest_address(guest), BOOT_LIMIT).context("the guest has not booted")
+        };
+        let progress = meet(0)?;
+        let others = (1..stage.load.guests()).map(meet).collect::<Result<_>>()?;
+        let is_build = matches!(stage.load, Load::Build { .. });
+        let before = if is_build { BEFORE_BUILD } else { BEFORE };
+        let mut watch =
+            Watch { lab: stage.lab, beat, progress, others, before, web: None, paced_by_beat: false };
+        if let Some(program) = stage.load.program() {
             if program.serves_web {
                 let recorder = BeatRecorder::beside(stage.lab, &watch.beat)?;
-                let server = (GUEST_ADDRESS, WEB_PORT).into();
-                let client = WebClient::start(&stage.lab.namespace(Place::Lan), server)?;
+                let client = WebClient::start(&lan, (GUEST_ADDRESS, WEB_PORT).into())?;
                 watch.web = Some((client, recorder));
             }
             watch.await_work().with_context(|| format!("{} doesn't work", program.name))?;
         }
-        sleep(BEFORE + AFTER);
+        sleep(before + AFTER);
         watch.paced_by_beat = watch.progress.writes() == 0;
         Ok(watch)
     }
@@ -87,14 +100,18 @@ impl<'a> Watch<'a> {
     /// Draws up the account of a contender.
     pub(super) fn outcome(&self, contender: &'static str, span: Span, before: WireBytes) -> Result<Outcome> {
         sleep(AFTER);
-        let usual = self.pace(span.started - BEFORE, span.started);
+        let usual = self.pace(span.started - self.before, span.started);
         let during = self.pace(span.started, span.ended);
+        if let (Some(usual), Some(during)) = (usual, during) {
+            println!("  the guest's pace: {usual:.1} a second before, {during:.1} during");
+        }
         Ok(Outcome {
             contender,
             converged: false,
             wire_bytes: self.wire_bytes()?.since(before).total(),
             total_ms: milliseconds(span.started, span.ended),
             downtime_ms: None,
+            worst_downtime_ms: None,
             guest_progress_ratio: usual
                 .zip(during)
                 .map(|(usual, during)| during / usual)
@@ -106,6 +123,7 @@ impl<'a> Watch<'a> {
             responses: self.responses(span),
             predicted: Account::default(),
             reported: Account::default(),
+            report: None,
         })
     }
 
@@ -114,7 +132,7 @@ impl<'a> Watch<'a> {
         let (client, recorder) = self.web.as_ref()?;
         let no_pause = Span { started: span.ended, ended: span.ended };
         let pause = crossing(&recorder.take()).unwrap_or(no_pause);
-        Responses::of(&client.exchanges(), span.started - BEFORE, span, pause)
+        Responses::of(&client.exchanges(), span.started - self.before, span, pause)
     }
 
     /// Writes, or beats, a second.
@@ -122,8 +140,9 @@ impl<'a> Watch<'a> {
         if self.paced_by_beat { self.beat.rate(from, to) } else { self.progress.rate(from, to) }
     }
 
-    /// Has the guest check its memory against all it ever wrote.
+    /// Has the guests check their memory against all they ever wrote; returns the first one's account.
     pub(super) fn check(&self) -> Result<String> {
+        self.others.iter().try_for_each(|guest| guest.check(CHECK_LIMIT).map(|_| ()))?;
         Ok(self.progress.check(CHECK_LIMIT)?)
     }
 }

@@ -85,6 +85,7 @@ mod tests {
             wire_bytes,
             total_ms: wire_bytes as f64 / 12_500.0,
             downtime_ms: converged.then_some(downtime_ms),
+            worst_downtime_ms: None,
             guest_progress_ratio: Some(0.9),
             memory_digest_equal: None,
             largest_beat_gap: Duration::from_millis(12),
@@ -93,6 +94,7 @@ mod tests {
             responses: None,
             predicted: Account::default(),
             reported: Account::default(),
+            report: None,
         }
     }
 

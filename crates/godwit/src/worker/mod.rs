@@ -13,6 +13,7 @@ mod verify;
 
 use std::{
     path::{Path, PathBuf},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -47,7 +48,11 @@ pub(crate) fn run(directory: PathBuf) -> anyhow::Result<()> {
     let job: Job =
         serde_json::from_slice(&bytes).with_context(|| format!("{} isn't a job", path.display()))?;
     log::of_worker(&job);
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("session")
+        .enable_all()
+        .build()?;
     runtime.block_on(carry(job, &directory))
 }
 
@@ -63,6 +68,12 @@ async fn carry(job: Job, directory: &Path) -> anyhow::Result<()> {
     // Whoever watches gets the last line before the socket goes.
     tokio::time::sleep(Duration::from_millis(50)).await;
     Ok(())
+}
+
+/// Starts a thread that profiles and `ps` tell by its name, of at most 15 bytes. Like [`thread::spawn`] it panics when the
+/// system has none to give.
+fn start_thread(name: &str, work: impl FnOnce() + Send + 'static) {
+    thread::Builder::new().name(name.to_owned()).spawn(work).expect("a worker has a handful of threads");
 }
 
 /// Ends QEMU, and returns when its process is gone.

@@ -5,19 +5,20 @@
 //! initramfs: the kernel unpacks both (Documentation/driver-api/early-userspace/buffer-format).
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     ffi::OsString,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use super::{GuestImageError, directory, newc::Archive};
+use super::{GuestImageError, directory, files_below, newc::Archive};
 
 /// Where Debian keeps its libraries, before and after it merged `/lib` with `/usr/lib`.
 const LIBRARY_DIRECTORIES: [&str; 2] = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"];
 const LOADER: &str = "ld-linux-x86-64.so.2";
 /// For programs that ask who they are.
-const ACCOUNTS: [(&str, &str); 2] = [("etc/passwd", "root:x:0:0::/:/bin/sh\n"), ("etc/group", "root:x:0:\n")];
+const ACCOUNTS: [(&str, &str); 2] =
+    [("etc/passwd", "root:x:0:0::/:/bin/sh\nnobody:x:65534:0::/:/bin/sh\n"), ("etc/group", "root:x:0:\n")];
 
 /// A program that a guest runs instead of the workloads of its own.
 #[derive(Debug, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub struct Program {
     /// Whether it answers requests for `/0` to `/255`, see [`crate::web_client`].
     pub serves_web: bool,
     executables: &'static [&'static str],
+    /// Directories of the packages that come along as they are.
+    trees: &'static [&'static str],
     script: &'static str,
     /// Path in the guest, and content.
     settings: &'static [(&'static str, &'static str)],
@@ -41,6 +44,7 @@ pub const PROGRAMS: [Program; 4] = [
         packages: &["sqlite3"],
         serves_web: false,
         executables: &["usr/bin/sqlite3"],
+        trees: &[],
         script: include_str!("programs/sqlite.sh"),
         settings: &[],
     },
@@ -49,6 +53,7 @@ pub const PROGRAMS: [Program; 4] = [
         packages: &["redis-server", "redis-tools"],
         serves_web: false,
         executables: &["usr/bin/redis-server", "usr/bin/redis-cli"],
+        trees: &[],
         script: include_str!("programs/redis.sh"),
         settings: &[],
     },
@@ -57,6 +62,7 @@ pub const PROGRAMS: [Program; 4] = [
         packages: &["xz-utils"],
         serves_web: false,
         executables: &["usr/bin/xz"],
+        trees: &[],
         script: include_str!("programs/compress.sh"),
         settings: &[],
     },
@@ -65,10 +71,27 @@ pub const PROGRAMS: [Program; 4] = [
         packages: &["nginx"],
         serves_web: true,
         executables: &["usr/sbin/nginx"],
+        trees: &[],
         script: include_str!("programs/web.sh"),
         settings: &[("programs/nginx.conf", include_str!("programs/nginx.conf"))],
     },
 ];
+
+/// A build that several guests do together: preprocessed and handed out by the first of them, compiled by all.
+pub const BUILD: Program = Program {
+    name: "build",
+    packages: &["distcc", "tcc", "musl-dev", "libcurl4-doc", "libcurl4-openssl-dev"],
+    serves_web: false,
+    executables: &["usr/bin/distcc", "usr/bin/distccd", "usr/bin/tcc"],
+    trees: &[
+        "usr/include/x86_64-linux-gnu/curl",
+        "usr/include/x86_64-linux-musl",
+        "usr/lib/x86_64-linux-gnu/tcc/include",
+        "usr/share/doc/libcurl4/examples",
+    ],
+    script: include_str!("programs/build.sh"),
+    settings: &[],
+};
 
 /// Where the programs' packages are to be unpacked.
 pub fn packages_directory() -> PathBuf {
@@ -76,9 +99,14 @@ pub fn packages_directory() -> PathBuf {
 }
 
 impl Program {
+    /// Those that a guest runs by itself, and the [`BUILD`].
+    pub fn all() -> impl Iterator<Item = &'static Program> {
+        const { &PROGRAMS }.iter().chain([const { &BUILD }])
+    }
+
     /// The program of that name.
     pub fn named(name: &str) -> Option<&'static Program> {
-        const { &PROGRAMS }.iter().find(|program| program.name == name)
+        Program::all().find(|program| program.name == name)
     }
 
     /// Whether its packages are unpacked.
@@ -97,26 +125,41 @@ impl Program {
 
     /// The archive to lay on top of the plain initramfs.
     pub(super) fn archive(&self) -> Result<Vec<u8>, GuestImageError> {
+        let mut contents = BTreeMap::new();
+        for (name, source) in self.files_of_packages()? {
+            contents.insert(name, std::fs::read(&source).map_err(GuestImageError::io(&source))?);
+        }
+        for (name, content) in ACCOUNTS.iter().chain(self.settings) {
+            contents.insert((*name).to_owned(), content.as_bytes().to_owned());
+        }
+        contents.insert(self.script_path(), self.script.as_bytes().to_owned());
+        let mut archive = Archive::default();
+        directories_above(contents.keys()).iter().for_each(|name| archive.directory(name));
+        contents.iter().for_each(|(name, content)| archive.file(name, 0o755, content));
+        Ok(archive.finish())
+    }
+
+    /// By their paths in the guest, where they are here.
+    fn files_of_packages(&self) -> Result<BTreeMap<String, PathBuf>, GuestImageError> {
         let packages = packages_directory();
         let mut files = BTreeMap::new();
         for path in self.executables {
             files.extend(libraries_of(&packages, path)?);
             files.insert((*path).to_owned(), packages.join(path));
         }
-        let mut archive = Archive::default();
-        for name in ["etc", "lib", LIBRARY_DIRECTORIES[0], "lib64", "programs", "usr", "usr/bin", "usr/sbin"]
-        {
-            archive.directory(name);
+        for tree in self.trees.iter().map(|tree| packages.join(tree)) {
+            let below = files_below(&tree).map_err(GuestImageError::io(&tree))?;
+            let name = |file: &Path| Some(file.strip_prefix(&packages).ok()?.to_str()?.to_owned());
+            files.extend(below.into_iter().filter_map(|file| Some((name(&file)?, file))));
         }
-        for (name, source) in files {
-            archive.file(&name, 0o755, &std::fs::read(&source).map_err(GuestImageError::io(&source))?);
-        }
-        for (name, content) in ACCOUNTS.iter().chain(self.settings) {
-            archive.file(name, 0o644, content.as_bytes());
-        }
-        archive.file(&self.script_path(), 0o755, self.script.as_bytes());
-        Ok(archive.finish())
+        Ok(files)
     }
+}
+
+/// All directories above files, each after the one that it is in.
+fn directories_above<'a>(files: impl Iterator<Item = &'a String>) -> BTreeSet<String> {
+    let above = files.flat_map(|file| Path::new(file).ancestors().skip(1));
+    above.filter_map(Path::to_str).filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
 /// The libraries that a program needs and its loader, by the paths at which it looks for them.
@@ -171,8 +214,15 @@ mod tests {
     }
 
     #[test]
+    fn a_directory_comes_before_what_is_in_it() {
+        let files = ["etc/passwd", "usr/bin/tcc", "init"].map(str::to_owned);
+        let above: Vec<String> = directories_above(files.iter()).into_iter().collect();
+        assert_eq!(above, ["etc", "usr", "usr/bin"]);
+    }
+
+    #[test]
     fn programs_have_names_of_their_own_and_scripts_that_a_shell_understands() {
-        for program in &PROGRAMS {
+        for program in Program::all() {
             assert_eq!(Program::named(program.name), Some(program));
             let checked = Command::new("sh").args(["-n", "-c", program.script]).status();
             assert!(checked.is_ok_and(|status| status.success()), "{}", program.name);

@@ -1,4 +1,4 @@
-//! `ip`, the command of iproute2, inside namespaces.
+//! `ip` and `tc`, the commands of iproute2, inside namespaces.
 
 use std::{
     io::Write,
@@ -8,9 +8,30 @@ use std::{
 use super::LabError;
 use crate::namespace::Namespace;
 
+/// What a token bucket lets through at once, and how long what exceeds it may wait before it is dropped. A full frame of
+/// segmentation offload has 64 KB.
+const BURST: &str = "128kb";
+const WAIT: &str = "20ms";
+
 pub(super) fn run(arguments: &[&str]) -> Result<String, LabError> {
-    let output = Command::new("ip").args(arguments).stdin(Stdio::null()).output().map_err(LabError::Ip)?;
-    accept(output, || arguments.join(" "))
+    run_program("ip", arguments)
+}
+
+fn run_program(program: &str, arguments: &[&str]) -> Result<String, LabError> {
+    let output = Command::new(program).args(arguments).stdin(Stdio::null()).output().map_err(LabError::Ip)?;
+    accept(output, || format!("{program} {}", arguments.join(" ")))
+}
+
+/// Limits what an interface sends, by a token bucket (tc-tbf(8)).
+pub(super) fn limit(
+    namespace: &Namespace,
+    interface: &str,
+    megabits_per_second: u64,
+) -> Result<(), LabError> {
+    let rate = format!("{megabits_per_second}mbit");
+    let bucket = ["root", "tbf", "rate", &rate, "burst", BURST, "latency", WAIT];
+    let add = ["-n", namespace.name(), "qdisc", "add", "dev", interface];
+    run_program("tc", &[&add[..], &bucket].concat()).map(|_| ())
 }
 
 /// Runs one `ip` command a line, in one process.
@@ -26,7 +47,10 @@ pub(super) fn batch(namespace: &Namespace, lines: &str) -> Result<(), LabError> 
     let mut stdin = child.stdin.take().expect("was asked for");
     stdin.write_all(lines.as_bytes()).map_err(LabError::Ip)?;
     drop(stdin);
-    accept(child.wait_with_output().map_err(LabError::Ip)?, || lines.trim().replace('\n', "; ")).map(|_| ())
+    accept(child.wait_with_output().map_err(LabError::Ip)?, || {
+        format!("ip {}", lines.trim().replace('\n', "; "))
+    })
+    .map(|_| ())
 }
 
 fn accept(output: Output, arguments: impl FnOnce() -> String) -> Result<String, LabError> {
@@ -42,7 +66,7 @@ pub(super) fn sent_bytes(namespace: &Namespace, interface: &str) -> Result<u64, 
     let arguments = ["-n", namespace.name(), "-json", "-statistics", "link", "show", "dev", interface];
     let shown: serde_json::Value = serde_json::from_str(&run(&arguments)?).unwrap_or_default();
     shown[0]["stats64"]["tx"]["bytes"].as_u64().ok_or_else(|| LabError::IpRefused {
-        arguments: arguments.join(" "),
+        arguments: format!("ip {}", arguments.join(" ")),
         message: "no stats64.tx.bytes in the answer".into(),
     })
 }

@@ -52,7 +52,7 @@ use self::{
 };
 use super::{
     MONITOR_TIMEOUT, STREAM_PIECE_BYTES_MAX, WorkerError, account::ReportDraft, journal::Journal,
-    memory_map::MemoryMap,
+    memory_map::MemoryMap, start_thread,
 };
 use crate::{
     job::{Command, Happening, Job, Phase, Report, Verify},
@@ -244,7 +244,7 @@ async fn start_threads(
         Pump { stream, pages, stage: stage.clone(), pace: pace.clone(), courier, heat_since: Instant::now() };
     let (tell, events) = mpsc::channel(THREAD_EVENTS);
     let told = tell.clone();
-    thread::spawn(move || pump.run(|event| drop(told.blocking_send(Happened::Pump(event)))));
+    start_thread("pump", move || pump.run(|event| drop(told.blocking_send(Happened::Pump(event)))));
 
     let limit = job.options.base_limit_bytes.unwrap_or(map.page_count() * 4096 / 4);
     let limits = EncoderLimits { base_bytes: usize::try_from(limit).unwrap_or(usize::MAX), level };
@@ -252,7 +252,7 @@ async fn start_threads(
     let mut encoder = Encoder::new(limits);
     encoder.set_techniques(job.options.techniques());
     encoder.assume_held(held);
-    thread::spawn(move || {
+    start_thread("draft", move || {
         let sent = sender::send_all(&sending, &mut encoder, &sent_through);
         drop(tell.blocking_send(Happened::Sent(sent)));
     });

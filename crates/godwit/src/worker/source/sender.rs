@@ -13,7 +13,6 @@ use std::{
         atomic::{AtomicI32, AtomicU64, Ordering},
         mpsc::{self, Receiver, SyncSender},
     },
-    thread,
     time::{Duration, Instant},
 };
 
@@ -26,7 +25,7 @@ use super::{
     room::{PARCELS_MAX, Room},
     stage::{Batch, SharedStage, StageError},
 };
-use crate::worker::STREAM_PIECE_BYTES_MAX;
+use crate::worker::{STREAM_PIECE_BYTES_MAX, start_thread};
 
 /// One batch of so many is sealed at the next higher level too, to see whether that pays.
 const TRIED_EVERY: u64 = 16;
@@ -162,10 +161,10 @@ impl Outbox {
         let drafted = Arc::new(Mutex::new(drafted));
         for _ in 0..compressors.max(1) {
             let (drafted, account) = (drafted.clone(), account.clone());
-            thread::spawn(move || compress(&drafted, &account));
+            start_thread("seal", move || compress(&drafted, &account));
         }
         let sending = account.clone();
-        thread::spawn(move || {
+        start_thread("send", move || {
             deliver(link, batch_kind, &queued, &sending);
             sending.room.close();
         });
@@ -343,6 +342,8 @@ impl StreamCourier {
 
 #[cfg(test)]
 mod tests {
+    use std::thread;
+
     use godwit_content::{BLOCK_BYTES, BlockId, BlockVersion, EncoderLimits};
 
     use super::*;

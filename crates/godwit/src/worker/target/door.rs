@@ -4,7 +4,6 @@ use std::{
     io::{self, IoSliceMut},
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
     path::Path,
-    thread,
 };
 
 use nix::{
@@ -16,6 +15,8 @@ use nix::{
 };
 use tokio::{net::TcpStream, sync::mpsc};
 
+use crate::worker::start_thread;
+
 /// Connections that may wait to be taken.
 const WAITING_MAX: usize = 16;
 
@@ -26,7 +27,7 @@ pub(super) fn open(path: &Path) -> io::Result<mpsc::Receiver<TcpStream>> {
     listen(&door, Backlog::new(8)?)?;
     let (found, streams) = mpsc::channel(WAITING_MAX);
     let runtime = tokio::runtime::Handle::current();
-    thread::spawn(move || {
+    start_thread("door", move || {
         while let Ok(agent) = accept4(door.as_raw_fd(), SockFlag::SOCK_CLOEXEC) {
             let agent = owned(agent);
             let passed = receive(&agent).and_then(|stream| {

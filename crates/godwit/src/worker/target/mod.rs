@@ -20,7 +20,6 @@ use std::{
     os::unix::net::UnixStream,
     path::Path,
     sync::{Arc, mpsc as std_mpsc},
-    thread,
     time::Duration,
 };
 
@@ -44,7 +43,7 @@ use self::{
 };
 use super::{
     MONITOR_TIMEOUT, STREAM_PIECE_BYTES_MAX, WorkerError, account::ReportDraft, journal::Journal,
-    memory_map::MemoryMap,
+    memory_map::MemoryMap, start_thread,
 };
 use crate::{
     borrowed,
@@ -295,7 +294,7 @@ fn start_intake(
 ) -> std_mpsc::Sender<Order> {
     let (orders, ordered) = std_mpsc::channel();
     let (session, tell) = (session.clone(), tell.clone());
-    thread::spawn(move || {
+    start_thread("intake", move || {
         let ended = take_all(&session, &mut intake, &tell).and_then(|()| obey(&ordered, &mut intake, &tell));
         if let Err(error) = ended {
             drop(tell.blocking_send(Happened::IntakeFailed(error)));
@@ -343,7 +342,7 @@ fn obey(
 
 /// Reads what QEMU says on its return path.
 fn listen_to_qemu(stream: UnixStream, tell: mpsc::Sender<Happened>) {
-    thread::spawn(move || {
+    start_thread("return-path", move || {
         let mut stream = stream;
         let mut decoder = return_path::Decoder::new();
         let mut buffer = [0; 4096];
