@@ -22,21 +22,31 @@ pub(crate) struct Plan {
     pub workload: &'static str,
     /// Disks, a random number generator and a balloon besides the card and the serial port.
     pub all_devices: bool,
+    pub vcpus: u32,
+    /// A shell's command that the guest runs again and again beside its workload; none if empty.
+    pub command: &'static str,
 }
 
 impl Plan {
     pub(crate) const IDLE: Plan =
-        Plan { machine: "pc", memory_mb: 256, workload: "idle", all_devices: false };
+        Plan { machine: "pc", memory_mb: 256, workload: "idle", all_devices: false, vcpus: 1, command: "" };
     pub(crate) const LIGHT: Plan = Plan { workload: "light", ..Plan::IDLE };
     pub(crate) const MEDIUM: Plan = Plan { workload: "medium", ..Plan::IDLE };
     /// Does nothing but write to its memory.
     pub(crate) const PATTERN: Plan = Plan { workload: "pattern", ..Plan::IDLE };
 
+    /// What the guest's kernel is told.
+    pub(crate) fn kernel_command_line(self) -> String {
+        let line = GuestImage::command_line(self.workload, FIRST_GUEST_ADDRESS, None);
+        let command = Some(self.command).filter(|command| !command.is_empty());
+        line + &command.map(GuestImage::command_word).unwrap_or_default()
+    }
+
     /// The machine's specification, its disk made.
     fn specification(self, hosts: &Hosts) -> String {
         let (kernel, initrd) = (hosts.image.kernel.display(), hosts.image.initrd.display());
-        let append = GuestImage::command_line(self.workload, FIRST_GUEST_ADDRESS, None);
-        let Self { machine, memory_mb, all_devices, .. } = self;
+        let append = self.kernel_command_line();
+        let Self { machine, memory_mb, all_devices, vcpus, .. } = self;
         let mut devices = format!("[[net]]\nbridge = \"{GUEST_BRIDGE}\"\n");
         if all_devices {
             let disk = hosts.shared().join("disk.raw");
@@ -50,8 +60,8 @@ impl Plan {
                 .push_str(&format!("[[disk]]\npath = {disk:?}\nformat = \"qcow2\"\ncache = \"writeback\"\n"));
         }
         format!(
-            "name = \"{MACHINE}\"\nmachine = \"{machine}\"\naccel = \"tcg\"\nmemory = \"{memory_mb}M\"\n\
-             rng = {all_devices}\nballoon = {all_devices}\n\n\
+            "name = \"{MACHINE}\"\nmachine = \"{machine}\"\naccel = \"tcg\"\nvcpus = {vcpus}\n\
+             memory = \"{memory_mb}M\"\nrng = {all_devices}\nballoon = {all_devices}\n\n\
              [boot]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\nappend = \"{append}\"\n\n{devices}"
         )
     }
@@ -69,6 +79,11 @@ impl Guest {
         let file = hosts.a.path("web1.toml");
         fs::write(&file, plan.specification(hosts)).unwrap();
         hosts.a.godwit(&["vm", "run", &file.display().to_string()]).succeeds();
+        Self::met(hosts, plan)
+    }
+
+    /// A guest that is booting at host a.
+    pub(crate) fn met(hosts: &Hosts, plan: Plan) -> Self {
         let clients = hosts.lab.namespace(Place::Lan);
         let progress = Progress::connect(&clients, FIRST_GUEST_ADDRESS, BOOT_LIMIT).unwrap();
         let guest = Self { plan, progress };

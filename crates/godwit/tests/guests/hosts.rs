@@ -32,6 +32,9 @@ const LOOK_EVERY: Duration = Duration::from_millis(1);
 /// The name of the one machine that tests have.
 pub(crate) const MACHINE: &str = "web1";
 
+/// The TAP device of a machine that somebody started by hand; both hosts accept it.
+pub(crate) const OWN_TAP: &str = "own0";
+
 /// Two hosts that trust each other, the link between them, and the image that guests boot.
 pub(crate) struct Hosts {
     pub a: Host,
@@ -114,6 +117,7 @@ impl Host {
              listen = \"{address}:{AGENT_PORT}\"\nidentity_dir = \"{directory}/identity\"\n\
              emulator = {emulator:?}\nmemory_reserve = \"1M\"\n\n\
              [accept.paths]\n{paths}\n[accept.bridges]\n\"{GUEST_BRIDGE}\" = \"{GUEST_BRIDGE}\"\n\n\
+             [accept.taps]\n{OWN_TAP} = \"{OWN_TAP}\"\n\n\
              [peers.{peer}]\naddress = \"{peer_address}:{AGENT_PORT}\"\nmay_send = true\nmay_receive = true\n"
         );
         fs::write(self.path("agent.toml"), config).unwrap();

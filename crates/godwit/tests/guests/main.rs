@@ -3,6 +3,7 @@
 //! | module | what is tried |
 //! |---|---|
 //! | [`moves`] | there and back, with both memories compared through QEMU while both are paused |
+//! | [`adopted`] | machines that somebody started by hand: memories of every kind, other users, things plugged in |
 //! | [`options`] | every option and machine type that changes how a machine travels |
 //! | [`states`] | a machine that its operator paused |
 //! | [`stalling`] | a guest that outruns its link |
@@ -17,6 +18,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
+mod adopted;
 mod cancelling;
 mod failures;
 mod foresight;

@@ -46,11 +46,25 @@ fn full_verification_compares_every_page() {
     guest.goes_on();
 }
 
+/// The processors write at the same time, each in a thread of QEMU's.
+#[test]
+fn a_guest_of_four_processors_goes_there_and_back_unchanged() {
+    there_and_back(Plan { vcpus: 4, command: BUSY, ..Plan::PATTERN }, &[]);
+}
+
+/// What keeps further processors busy: files that are written anew all the time.
+pub(crate) const BUSY: &str = "for f in 1 2 3; do dd if=/dev/urandom of=/tmp/$f bs=64k count=64 & done; wait; echo";
+
 fn there_and_back(plan: Plan, options: &[&str]) {
     let hosts = Hosts::new();
     let guest = Guest::boot(&hosts, plan);
+    goes_there_and_back(&hosts, &guest, options);
+}
+
+/// From host a to b and back, with both memories compared each time.
+pub(crate) fn goes_there_and_back(hosts: &Hosts, guest: &Guest, options: &[&str]) {
     for (from, to) in [(&hosts.a, &hosts.b), (&hosts.b, &hosts.a)] {
-        move_and_compare(&hosts, &guest, from, to, options);
+        move_and_compare(hosts, guest, from, to, options);
         hosts.only_at(to);
         guest.goes_on();
     }
@@ -59,7 +73,7 @@ fn there_and_back(plan: Plan, options: &[&str]) {
 /// The target's QEMU is held from the opening of the gate on (earlier, the worker couldn't pass on what belongs to small
 /// RAM blocks), so that it can't load, the hand-over can't be settled and the source's QEMU stays, paused, for as long
 /// as it takes to save its memory. The target is left paused and saved before it runs.
-fn move_and_compare(hosts: &Hosts, guest: &Guest, from: &Host, to: &Host, options: &[&str]) {
+pub(crate) fn move_and_compare(hosts: &Hosts, guest: &Guest, from: &Host, to: &Host, options: &[&str]) {
     let mut source = from.monitor();
     let [before, after] = ["before", "after"].map(|name| hosts.lab.directory().join(name));
     let migration = Migration::begin(from, to, &[&["--leave-paused"], options].concat());
