@@ -7,6 +7,7 @@ pub mod adopt;
 pub mod commandline;
 pub mod machine;
 pub mod memory;
+pub mod memory_layout;
 pub mod processor;
 pub mod qmp;
 pub mod ramblock;

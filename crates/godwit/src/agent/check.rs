@@ -9,7 +9,7 @@
 
 use std::sync::Arc;
 
-use godwit_qemu::{processor::Processor, qmp};
+use godwit_qemu::{memory_layout::MemoryLayout, processor::Processor, qmp};
 
 use super::{
     Agent, adoption,
@@ -70,6 +70,7 @@ impl Agent {
 /// Whether QEMU lets the machine go, and, of an adopted one, whether it still is what was adopted.
 pub(super) async fn examine(monitor: &qmp::Client, running: &Running) -> Result<(), AgentError> {
     worker::look(monitor).await.map_err(Refusal::from)?;
+    MemoryLayout::of(monitor).await?.check().map_err(Refusal::from)?;
     match &running.adopted_qmp {
         Some(qmp) => adoption::check_unchanged(qmp, monitor).await,
         None => Ok(()),

@@ -10,6 +10,7 @@ use axum::{
 use godwit_qemu::{
     commandline::{BuildError, PolicyRefusal},
     machine::SpecError,
+    memory_layout::MemoryObstacle,
     processor::ProcessorMismatch,
     qmp::QmpError,
 };
@@ -80,6 +81,8 @@ pub(super) enum Refusal {
     AtSource(String),
     #[error("{machine} can't be throttled: {reason}")]
     Throttle { machine: String, reason: String },
+    #[error(transparent)]
+    Layout(#[from] MemoryObstacle),
     #[error("{machine} can't go on at {peer}: {mismatch}")]
     Processor { machine: String, peer: String, mismatch: ProcessorMismatch },
     #[error(transparent)]

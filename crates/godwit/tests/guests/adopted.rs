@@ -157,11 +157,13 @@ fn memory_that_was_plugged_in_is_refused_with_the_remedy() {
     let start = Start { memory: ",slots=2,maxmem=1G", ..Start::default() };
     let own = ByHand::boot(&hosts, Plan::IDLE, &start);
     let mut monitor = hosts.a.monitor();
-    monitor.execute("object-add", json!({ "qom-type": "memory-backend-ram", "id": "m1", "size": 128 << 20 })).unwrap();
+    monitor
+        .execute("object-add", json!({ "qom-type": "memory-backend-ram", "id": "m1", "size": 128 << 20 }))
+        .unwrap();
     monitor.execute("device_add", json!({ "driver": "pc-dimm", "id": "dimm1", "memdev": "m1" })).unwrap();
     for verb in ["check", "migrate"] {
         let answer = hosts.a.godwit(&[verb, MACHINE, "--to", "b"]).fails(3);
-        let reason = "has memory devices (dimm1), which can't be moved: unplug them (`device_del`), or";
+        let reason = "has memory devices (dimm1), which can't be moved: unplug them (`device_del`), or start";
         assert!(answer.message.contains(reason) && answer.message.trim().lines().count() == 1, "{answer:?}");
     }
     own.guest.goes_on();

@@ -81,6 +81,8 @@ fn a_device_that_cannot_migrate_is_refused() {
     a.godwit(&["vm", "run", &a.spec("web1", "extra = [\"-device\", \"nvme,serial=n1\"]")]).succeeds();
     let reason = "QEMU can't migrate this machine: non-migratable device: ";
     neither_is_let(&a, &b, "web1", reason);
+    let remedy = "nvme; unplug that device (`device_del`), or start the machine without it";
+    neither_is_let(&a, &b, "web1", remedy);
 
     let (mut qemu, mut plug) = by_hand(&site);
     let own = site.path("own.qmp").display().to_string();
@@ -104,4 +106,15 @@ fn by_hand(site: &Site) -> (Child, Qmp) {
         .unwrap();
     let plug = Qmp::connect(&site.path("plug.qmp"), Duration::from_secs(30)).unwrap();
     (qemu, plug)
+}
+
+/// Of a machine that was started by the agent, too, when somebody plugs into it.
+#[test]
+fn memory_in_several_pieces_is_refused() {
+    let site = Site::new();
+    let (a, b) = unlike_hosts(&site);
+    let nodes = "extra = [\"-object\", \"memory-backend-ram,id=m0,size=8M\", \"-numa\", \"node,memdev=m0\", \
+                 \"-object\", \"memory-backend-ram,id=m1,size=8M\", \"-numa\", \"node,memdev=m1\"]";
+    a.godwit(&["vm", "run", &a.spec("nodes", nodes)]).succeeds();
+    neither_is_let(&a, &b, "nodes", "2 memory back-ends, and QEMU's emulator (TCG) loses what is written");
 }

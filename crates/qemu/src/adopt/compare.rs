@@ -31,16 +31,14 @@ pub(super) fn compare(
     process: &Process,
     live: &LiveFacts,
 ) -> Result<(), AdoptRefusal> {
+    // First: what is said of it helps more than that its device was plugged in.
+    live.memory_layout.check().map_err(|obstacle| AdoptRefusal(obstacle.to_string()))?;
     compare_devices(arguments, live)?;
     compare_anonymous_devices(arguments, live)?;
     compare_objects(arguments, live)?;
     compare_networks(arguments, live)?;
     compare_images(arguments, process, live)?;
-    compare_processors(arguments, live)?;
-    if live.memory_devices > 0 {
-        return refuse("the machine has memory devices (DIMMs), which can't be moved yet");
-    }
-    Ok(())
+    compare_processors(arguments, live)
 }
 
 fn lists<'a>(

@@ -3,9 +3,12 @@
 use std::{fs, path::Path};
 
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::qmp::{Client, QmpError, QomEntry, Version};
+use crate::{
+    memory_layout::MemoryLayout,
+    qmp::{Client, QmpError, QomEntry, Version},
+};
 
 /// What a running machine consists of now, as far as it can differ from its command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -22,8 +25,8 @@ pub struct LiveFacts {
     pub vcpus: u32,
     /// The guest's memory at the start.
     pub memory_bytes: u64,
-    /// DIMMs and the like, plugged in at any time.
-    pub memory_devices: usize,
+    /// What its memory consists of.
+    pub memory_layout: MemoryLayout,
     /// Devices that were made with an id.
     pub devices: Vec<LiveDevice>,
     /// Types of devices that were made without one.
@@ -79,7 +82,6 @@ pub struct LiveNetdev {
 /// # Errors
 /// Of the first question that isn't answered.
 pub async fn inspect(client: &Client) -> Result<LiveFacts, QmpError> {
-    let memory_devices: Vec<Value> = client.query("query-memory-devices", Value::Null).await?;
     let devices = children(client, "/machine/peripheral").await?;
     let anonymous = children(client, "/machine/peripheral-anon").await?;
     let objects = children(client, "/objects").await?;
@@ -90,7 +92,7 @@ pub async fn inspect(client: &Client) -> Result<LiveFacts, QmpError> {
         kvm: client.query_kvm().await?,
         vcpus: u32::try_from(client.query_cpus_fast().await?.len()).unwrap_or(u32::MAX),
         memory_bytes: client.query_memory_size().await?.base_bytes,
-        memory_devices: memory_devices.len(),
+        memory_layout: MemoryLayout::of(client).await?,
         devices: devices.into_iter().map(|(id, driver)| LiveDevice { id, driver }).collect(),
         anonymous_devices: anonymous.into_iter().map(|(_, driver)| driver).collect(),
         objects: objects.into_iter().map(|(id, _)| id).collect(),

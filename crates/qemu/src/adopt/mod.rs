@@ -28,6 +28,9 @@ use crate::{
     machine::{Accel, Adopted, ByteSize, Spec, SpecError},
 };
 
+/// What helps against a device, or its back-end, that QEMU can't migrate.
+pub const UNBLOCK: &str = "unplug that device (`device_del`), or start the machine without it";
+
 /// Why a machine isn't adopted; one line.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -52,7 +55,7 @@ pub fn classify(process: &Process, live: &LiveFacts) -> Result<Spec, AdoptRefusa
     let words = process.argv.get(1..).unwrap_or_default();
     refuse_libvirt(words)?;
     if let Some(reason) = live.blocked_reasons.first() {
-        return refuse(format!("QEMU can't migrate this machine: {reason}"));
+        return refuse(format!("QEMU can't migrate this machine: {reason}; {UNBLOCK}"));
     }
     let arguments = parse(words).map_err(|error| AdoptRefusal(error.to_string()))?;
     refuse_descriptors(&arguments)?;

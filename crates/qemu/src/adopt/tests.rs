@@ -1,5 +1,5 @@
 use super::*;
-use crate::qmp::Version;
+use crate::{memory_layout::MemoryLayout, qmp::Version};
 
 fn process(line: &str) -> Process {
     Process {
@@ -18,7 +18,7 @@ fn live() -> LiveFacts {
         kvm: false,
         vcpus: 1,
         memory_bytes: 128 << 20,
-        memory_devices: 0,
+        memory_layout: MemoryLayout { emulated: true, ..MemoryLayout::default() },
         devices: Vec::new(),
         anonymous_devices: Vec::new(),
         objects: vec!["pc.ram".into()],
@@ -127,7 +127,8 @@ fn what_was_added_since_the_start_is_refused() {
         assert!(refusal.contains(expected), "{refusal}");
     };
     check(|live| live.vcpus = 2, "has 2 CPUs now and was started with 1");
-    check(|live| live.memory_devices = 1, "memory devices");
+    check(|live| live.memory_layout.devices.push("d1".into()), "memory devices (d1)");
+    check(|live| live.memory_layout.backends = 2, "2 memory back-ends");
     check(|live| live.objects.push("m1".into()), "object m1 was made");
     check(|live| live.netdevs.push(tap("n", "t", None)), "network n (tap) was added");
     check(|live| live.anonymous_devices.push("e1000".into()), "a e1000 was plugged in");

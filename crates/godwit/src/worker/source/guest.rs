@@ -7,7 +7,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use godwit_qemu::qmp::{Client, Event, MigrationSettings, MigrationState, QmpError, RunState};
+use godwit_qemu::{
+    adopt::UNBLOCK,
+    qmp::{Client, Event, MigrationSettings, MigrationState, QmpError, RunState},
+};
 use serde_json::{Map, json};
 use tokio::sync::broadcast;
 
@@ -34,7 +37,7 @@ pub(crate) enum GuestError {
     #[error("this QEMU lacks the capability `{0}`; godwit needs QEMU 8.1 or later")]
     Lacks(&'static str),
     /// A device can't migrate.
-    #[error("QEMU can't migrate this machine: {0}")]
+    #[error("QEMU can't migrate this machine: {0}; {UNBLOCK}")]
     Blocked(String),
     /// Another migration is under way.
     #[error("QEMU is already migrating this machine (state {0:?})")]
