@@ -1,15 +1,15 @@
 //! Machines that somebody started by hand and the agent took on: what can differ from a machine of godwit's own.
 
-use std::{fs, path::PathBuf, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command};
 
 use godwit_sim::lab::{Place, Process};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
 use crate::{
-    guest::{Guest, Plan},
+    guest::{Guest, Plan, migrate},
     hosts::{Hosts, MACHINE, OWN_TAP},
-    moves::{BUSY, goes_there_and_back},
+    moves::{BUSY, goes_there_and_back, move_and_compare},
 };
 
 /// Where the kernel is told how many huge pages to set aside.
@@ -147,6 +147,35 @@ impl HugeFiles {
 impl Drop for HugeFiles {
     fn drop(&mut self) {
         let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+/// Its memory can't be read, its directory isn't known, and it may open none of our files.
+#[test]
+fn a_machine_of_another_user_travels_by_its_own_stream() {
+    let mut hosts = Hosts::new();
+    hosts.a.crash();
+    hosts.a.start_confined(&hosts.lab);
+    writable_by_anyone(&hosts);
+    let start = Start { more: vec!["-run-with".into(), "user=nobody".into()], ..Start::default() };
+    let own = ByHand::boot(&hosts, Plan::LIGHT, &start);
+    let check = hosts.a.godwit(&["check", MACHINE, "--to", "b"]).succeeds();
+    assert!(check["forecast"].is_null(), "{check}");
+    let report = move_and_compare(&hosts, &own.guest, &hosts.a, &hosts.b, &[]);
+    hosts.only_at(&hosts.b);
+    own.guest.goes_on();
+    let log =
+        fs::read_to_string(hosts.a.migration_file(report["id"].as_str().unwrap(), "worker.log")).unwrap();
+    assert!(log.contains("the guest's pages are taken from QEMU's stream instead"), "{log}");
+    // There it is the agent's own.
+    migrate(&hosts.b, &hosts.a, &[]);
+    own.guest.goes_on();
+}
+
+/// QEMU saves memories itself, to be compared.
+fn writable_by_anyone(hosts: &Hosts) {
+    for directory in [hosts.lab.directory().to_owned(), hosts.shared()] {
+        fs::set_permissions(directory, fs::Permissions::from_mode(0o777)).unwrap();
     }
 }
 

@@ -132,6 +132,17 @@ impl Host {
     pub(crate) fn start_with(&mut self, lab: &Lab, environment: &[(&str, &str)]) {
         let mut agent = Command::new(GODWIT);
         agent.envs(environment.iter().copied());
+        self.start_by(lab, agent);
+    }
+
+    /// The same, of an agent that can't have its workers reach into other users' processes.
+    pub(crate) fn start_confined(&mut self, lab: &Lab) {
+        let mut agent = Command::new("setpriv");
+        agent.args(["--bounding-set", "-sys_ptrace", "--inh-caps", "-sys_ptrace", GODWIT]);
+        self.start_by(lab, agent);
+    }
+
+    fn start_by(&mut self, lab: &Lab, mut agent: Command) {
         agent.arg("agent").arg("--config").arg(self.path("agent.toml"));
         self.agent = Some(lab.spawn(self.place, "agent", &mut agent, true).unwrap());
         eventually("the agent answers", || self.godwit(&["vm", "ls"]).code == 0);

@@ -53,7 +53,8 @@ fn a_guest_of_four_processors_goes_there_and_back_unchanged() {
 }
 
 /// What keeps further processors busy: files that are written anew all the time.
-pub(crate) const BUSY: &str = "for f in 1 2 3; do dd if=/dev/urandom of=/tmp/$f bs=64k count=64 & done; wait; echo";
+pub(crate) const BUSY: &str =
+    "for f in 1 2 3; do dd if=/dev/urandom of=/tmp/$f bs=64k count=64 & done; wait; echo";
 
 fn there_and_back(plan: Plan, options: &[&str]) {
     let hosts = Hosts::new();
@@ -70,10 +71,18 @@ pub(crate) fn goes_there_and_back(hosts: &Hosts, guest: &Guest, options: &[&str]
     }
 }
 
+/// Moves the machine and returns the source's report.
+///
 /// The target's QEMU is held from the opening of the gate on (earlier, the worker couldn't pass on what belongs to small
 /// RAM blocks), so that it can't load, the hand-over can't be settled and the source's QEMU stays, paused, for as long
 /// as it takes to save its memory. The target is left paused and saved before it runs.
-pub(crate) fn move_and_compare(hosts: &Hosts, guest: &Guest, from: &Host, to: &Host, options: &[&str]) {
+pub(crate) fn move_and_compare(
+    hosts: &Hosts,
+    guest: &Guest,
+    from: &Host,
+    to: &Host,
+    options: &[&str],
+) -> Value {
     let mut source = from.monitor();
     let [before, after] = ["before", "after"].map(|name| hosts.lab.directory().join(name));
     let migration = Migration::begin(from, to, &[&["--leave-paused"], options].concat());
@@ -91,6 +100,7 @@ pub(crate) fn move_and_compare(hosts: &Hosts, guest: &Guest, from: &Host, to: &H
     let differing = memory::differing_pages(&before, &after);
     assert!(differing.is_empty(), "{} pages differ: {differing:#x?}", differing.len());
     target.execute("cont", json!({})).unwrap();
+    report
 }
 
 /// What QEMU says that its guest does.

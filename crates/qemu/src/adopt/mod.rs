@@ -17,7 +17,7 @@ mod live;
 mod process;
 mod translate;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub use self::{
     live::{BlockNode, LiveDevice, LiveFacts, LiveNetdev, inspect},
@@ -118,9 +118,10 @@ fn permitted_name(name: Option<&str>, pid: i32) -> String {
     if name.is_empty() { format!("qemu-{pid}") } else { name.to_owned() }
 }
 
-/// A path as QEMU's process understands it.
-fn absolute(process: &Process, path: &Path) -> std::path::PathBuf {
-    process.working_directory.join(path).components().collect()
+/// A path as QEMU's process understands it; as it is, if its directory isn't known.
+fn absolute(process: &Process, path: &Path) -> PathBuf {
+    let directory = process.working_directory.as_deref().unwrap_or(Path::new(""));
+    directory.join(path).components().collect()
 }
 
 #[cfg(test)]

@@ -18,10 +18,8 @@ pub struct Process {
     pub pid: i32,
     /// Its command line, the program first.
     pub argv: Vec<String>,
-    /// Where its relative paths begin.
-    pub working_directory: PathBuf,
-    /// The program.
-    pub executable: PathBuf,
+    /// Where its relative paths begin; `None` if that may not be known: it is another user's process.
+    pub working_directory: Option<PathBuf>,
 }
 
 /// Why the process behind a socket can't be looked at.
@@ -42,7 +40,7 @@ pub enum ProcessError {
         path: PathBuf,
     },
     /// A file below `/proc` can't be read.
-    #[error("can't read {path} of QEMU's process; the agent needs its user's rights or CAP_SYS_PTRACE")]
+    #[error("can't read {path} of QEMU's process")]
     Read {
         /// The file.
         path: PathBuf,
@@ -75,15 +73,17 @@ impl Process {
     /// What the kernel shows of a process.
     ///
     /// # Errors
-    /// [`ProcessError::Read`] if it is gone or belongs to somebody else.
+    /// [`ProcessError::Read`] if it is gone.
     pub fn read(pid: i32) -> Result<Self, ProcessError> {
         let directory = PathBuf::from(format!("/proc/{pid}"));
-        let link = |name| {
-            let path = directory.join(name);
-            fs::read_link(&path).map_err(|source| ProcessError::Read { path, source })
-        };
         let argv = command_line(pid, &directory.join("cmdline"))?;
-        Ok(Self { pid, argv, working_directory: link("cwd")?, executable: link("exe")? })
+        let path = directory.join("cwd");
+        let working_directory = match fs::read_link(&path) {
+            Ok(found) => Some(found),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
+            Err(source) => return Err(ProcessError::Read { path, source }),
+        };
+        Ok(Self { pid, argv, working_directory })
     }
 }
 

@@ -5,8 +5,7 @@ fn process(line: &str) -> Process {
     Process {
         pid: 7,
         argv: format!("qemu-system-x86_64 {line}").split_whitespace().map(str::to_owned).collect(),
-        working_directory: "/home/vm".into(),
-        executable: "/usr/bin/qemu-system-x86_64".into(),
+        working_directory: Some("/home/vm".into()),
     }
 }
 

@@ -39,8 +39,8 @@ pub(super) struct Translated {
 struct Translator<'a> {
     process: &'a Process,
     live: &'a LiveFacts,
-    /// A daemon has left the directory in which its relative paths began.
-    daemonised: bool,
+    /// Where relative paths begin isn't known: a daemon has left that directory.
+    astray: bool,
     /// Character devices that monitors and ports use, whose ends are replaced.
     consumed: BTreeSet<String>,
     /// TAP networks that were made without an id, in their order.
@@ -57,7 +57,8 @@ pub(super) fn translate(
     let mut translator = Translator {
         process,
         live,
-        daemonised: arguments.iter().any(|argument| argument.option == "daemonize"),
+        astray: process.working_directory.is_none()
+            || arguments.iter().any(|argument| argument.option == "daemonize"),
         consumed: arguments.iter().filter_map(consumed_character_device).collect(),
         unnamed_taps: Box::new(live.netdevs.iter().filter(unnamed)),
         out: Translated { cpu: DEFAULT_CPU.to_owned(), ..Translated::default() },
@@ -155,9 +156,10 @@ impl Translator<'_> {
 
     fn keep_with_absolute_paths(&mut self, argument: &Argument) -> Result<(), AdoptRefusal> {
         let kept = rules::map_paths(argument, |_, path| {
-            if path.is_relative() && self.daemonised {
+            if path.is_relative() && self.astray {
                 return refuse(format!(
-                    "{argument}: has a relative path, and a daemon has left its directory"
+                    "{argument}: has a relative path, and where it begins isn't known: QEMU is a daemon, or another \
+                     user's and the agent has no CAP_SYS_PTRACE"
                 ));
             }
             Ok(absolute(self.process, path))

@@ -2,14 +2,17 @@
 
 use std::{
     collections::HashMap,
+    io::{self, IoSlice},
+    os::fd::{AsRawFd, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use serde_json::Value;
+use nix::sys::socket::{ControlMessage, MsgFlags, UnixAddr, sendmsg};
+use serde_json::{Value, json};
 use tokio::{
-    io::{AsyncReadExt, AsyncWriteExt},
+    io::{AsyncReadExt, AsyncWriteExt, Interest},
     net::{
         UnixStream,
         unix::{OwnedReadHalf, OwnedWriteHalf},
@@ -161,8 +164,28 @@ impl Client {
         command: &str,
         arguments: Value,
     ) -> Result<Value, QmpError> {
+        self.execute_with(None, limit, command, arguments).await
+    }
+
+    /// Gives QEMU a file descriptor under a name, for a command that takes `fd:NAME`. It is this connection's: another
+    /// one doesn't know the name. QEMU needs no right to open what is behind it.
+    ///
+    /// # Errors
+    /// As [`Self::execute`].
+    pub async fn get_fd(&self, name: &str, descriptor: OwnedFd) -> Result<(), QmpError> {
+        let arguments = json!({ "fdname": name });
+        self.execute_with(Some(descriptor), self.timeout, "getfd", arguments).await.map(drop)
+    }
+
+    async fn execute_with(
+        &self,
+        descriptor: Option<OwnedFd>,
+        limit: Duration,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, QmpError> {
         let timed_out = |_| QmpError::Timeout { command: command.to_owned(), waited: limit };
-        match timeout(limit, self.call(command, &arguments)).await.map_err(timed_out)? {
+        match timeout(limit, self.call(descriptor, command, &arguments)).await.map_err(timed_out)? {
             None => Err(QmpError::Closed { command: command.to_owned() }),
             Some(Reply::Return(value)) => Ok(value),
             Some(Reply::Error { class, description }) => {
@@ -185,10 +208,15 @@ impl Client {
         lock(&self.calls).closed
     }
 
-    async fn call(&self, command: &str, arguments: &Value) -> Option<Reply> {
+    async fn call(&self, descriptor: Option<OwnedFd>, command: &str, arguments: &Value) -> Option<Reply> {
         let mut writer = self.writer.lock().await;
         let (call, reply) = Call::register(&self.calls)?;
-        writer.write_all(&codec::encode(call.id, command, arguments)).await.ok()?;
+        let line = codec::encode(call.id, command, arguments);
+        let sent = match &descriptor {
+            Some(descriptor) => send_with(writer.as_ref(), &line, descriptor).await.ok()?,
+            None => 0,
+        };
+        writer.write_all(&line[sent..]).await.ok()?;
         drop(writer);
         reply.await.ok()
     }
@@ -228,6 +256,17 @@ impl Drop for Call<'_> {
 
 fn lock(calls: &Mutex<Calls>) -> MutexGuard<'_, Calls> {
     calls.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Sends the beginning of `line`, and the descriptor with its first byte; how much of it went.
+async fn send_with(stream: &UnixStream, line: &[u8], descriptor: &OwnedFd) -> io::Result<usize> {
+    let rights = [descriptor.as_raw_fd()];
+    let send = || {
+        let control = [ControlMessage::ScmRights(&rights)];
+        let line = [IoSlice::new(line)];
+        Ok(sendmsg::<UnixAddr>(stream.as_raw_fd(), &line, &control, MsgFlags::empty(), None)?)
+    };
+    stream.async_io(Interest::WRITABLE, send).await
 }
 
 async fn greeting(read: &mut OwnedReadHalf, decoder: &mut Decoder, path: &Path) -> Result<(), QmpError> {

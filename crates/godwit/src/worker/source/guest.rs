@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -14,7 +14,7 @@ use godwit_qemu::{
 use serde_json::{Map, json};
 use tokio::sync::broadcast;
 
-use crate::{borrowed, worker::stream_socket};
+use crate::borrowed;
 
 /// What is switched on; everything else that is on is switched off for the migration.
 const CAPABILITIES: [&str; 3] = ["events", "return-path", "switchover-ack"];
@@ -24,7 +24,9 @@ const CAPABILITIES: [&str; 3] = ["events", "return-path", "switchover-ack"];
 const STOP_IS_FAR: (u64, u64) = (1, 1_000_000);
 /// The same once the gate is open: the most that QEMU takes.
 const STOP_IS_NOW: (u64, u64) = (2_000_000, 1 << 40);
-/// How long QEMU may take to connect to its stream, and to settle after a cancel.
+/// The name that QEMU knows its end of the stream by.
+const STREAM_NAME: &str = "godwit-stream";
+/// How long QEMU may take to settle after a cancel.
 const SETTLE: Duration = Duration::from_secs(10);
 
 /// Why the guest's QEMU can't be used, or couldn't be left as it was.
@@ -48,8 +50,8 @@ pub(crate) enum GuestError {
     /// What QEMU had set can't be written down.
     #[error("can't write down what QEMU had set")]
     NoNote(#[source] std::io::Error),
-    /// QEMU didn't open its stream.
-    #[error("QEMU didn't open its migration stream")]
+    /// There is no socket for QEMU's stream.
+    #[error("can't make a socket for QEMU's migration stream")]
     NoStream(#[source] std::io::Error),
     /// QEMU neither finished nor gave up.
     #[error("QEMU's migration stays {0:?}")]
@@ -77,20 +79,16 @@ impl Guest {
         Ok(Self { monitor, machine_dir, saved, run_state, events })
     }
 
-    /// Lets QEMU migrate into a unix socket and gives the other end of it.
+    /// Lets QEMU migrate into a socket and gives the other end of it. QEMU is handed its end, because it may be
+    /// another user's, who can't open files of ours.
     pub(super) async fn open_stream(&self) -> Result<UnixStream, GuestError> {
-        let path = &stream_socket(&self.machine_dir);
-        let _ = std::fs::remove_file(path);
+        let (ours, theirs) = UnixStream::pair().map_err(GuestError::NoStream)?;
         borrowed::note(&self.machine_dir, &self.saved).map_err(GuestError::NoNote)?;
         self.monitor.set_migrate_capabilities(&self.wanted_capabilities()).await?;
         self.set_parameters(STOP_IS_FAR).await?;
-        let listener = UnixListener::bind(path).map_err(GuestError::NoStream)?;
-        listener.set_nonblocking(true).map_err(GuestError::NoStream)?;
-        self.monitor.migrate(&format!("unix:{}", path.display())).await?;
-        let accepted = accept_within(&listener, SETTLE).await;
-        // Nobody else needs to find it.
-        let _ = std::fs::remove_file(path);
-        accepted.map_err(GuestError::NoStream)
+        self.monitor.get_fd(STREAM_NAME, theirs.into()).await?;
+        self.monitor.migrate(&format!("fd:{STREAM_NAME}")).await?;
+        Ok(ours)
     }
 
     fn wanted_capabilities(&self) -> BTreeMap<String, bool> {
@@ -184,12 +182,4 @@ pub(crate) async fn look(monitor: &Client) -> Result<(RunState, MigrationSetting
         Some(lacking) => Err(GuestError::Lacks(lacking)),
         None => Ok((state, settings)),
     }
-}
-
-async fn accept_within(listener: &UnixListener, limit: Duration) -> std::io::Result<UnixStream> {
-    let listener = tokio::net::UnixListener::from_std(listener.try_clone()?)?;
-    let (stream, _) = tokio::time::timeout(limit, listener.accept()).await??;
-    let stream = stream.into_std()?;
-    stream.set_nonblocking(false)?;
-    Ok(stream)
 }
