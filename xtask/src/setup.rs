@@ -11,7 +11,10 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use godwit_sim::guest_image::{self, Program};
+use godwit_sim::{
+    guest_image::{self, Program},
+    older_qemu,
+};
 
 mod apt;
 mod programs;
@@ -95,6 +98,32 @@ pub(crate) fn fetch_programs() -> Result<()> {
     let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
     eprintln!("fetching programs for guests: {}", packages.join(" "));
     apt.unpack(&packages, &directory)
+}
+
+/// Fetches QEMU 7.2, which some long tests move machines of; returns at once when it is there. Its libraries are those
+/// of the QEMU that is installed, which comes from the same distribution.
+///
+/// # Errors
+/// Whatever apt says; that the distribution hasn't got it is none.
+pub(crate) fn fetch_older_qemu() -> Result<()> {
+    if older_qemu::emulator().is_some() {
+        return Ok(());
+    }
+    let apt = Apt::new()?;
+    let mut packages = vec!["seabios".to_owned(), "ipxe-qemu".to_owned()];
+    for package in ["qemu-system-x86", "qemu-system-common", "qemu-system-data"] {
+        let Some(version) = apt.version_of(package, &format!("1:{}+", older_qemu::VERSION))? else {
+            eprintln!(
+                "this distribution has no QEMU {}; tests that want it are passed over",
+                older_qemu::VERSION
+            );
+            return Ok(());
+        };
+        packages.push(format!("{package}={version}"));
+    }
+    eprintln!("fetching {}", packages.join(" "));
+    let packages: Vec<&str> = packages.iter().map(String::as_str).collect();
+    apt.unpack(&packages, &older_qemu::directory())
 }
 
 fn has_qemu() -> bool {

@@ -28,6 +28,18 @@ const TARGET: &str = "x86_64-unknown-linux-gnu";
 const DRIVERS: [&str; 6] =
     ["virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng", "virtio_balloon"];
 
+/// What the guest's program prints on its console when it works and answers.
+pub const READY: &str = "GODWIT-GUEST READY";
+
+/// Names the accelerator of test guests in the environment; TCG without it, which works everywhere.
+pub const ACCELERATOR_VARIABLE: &str = "GODWIT_TEST_ACCELERATOR";
+
+/// What executes test guests: `tcg` or `kvm`, as [`ACCELERATOR_VARIABLE`] says.
+pub fn accelerator() -> &'static str {
+    let kvm = std::env::var_os(ACCELERATOR_VARIABLE).is_some_and(|name| name == "kvm");
+    if kvm { "kvm" } else { "tcg" }
+}
+
 /// A bootable guest, for QEMU's `-kernel` and `-initrd`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GuestImage {

@@ -7,6 +7,7 @@
 //! | [`namespace`] | doing something inside a network namespace |
 //! | [`lab`] | the whole set-up: host a, host b, the link between them, and the network of the guests |
 //! | [`guest_image`] | the kernel and initramfs that test guests boot |
+//! | [`older_qemu`] | QEMU 7.2, beside the one that is installed |
 //! | [`observer`] | a client outside the guest: its progress, its beat, its memory check |
 //! | [`beats`] | the guest's beats, and through which host each of them came |
 //! | [`qmp`] | a small blocking QMP client, independent of the product's own |
@@ -22,6 +23,7 @@ pub mod lab;
 pub mod link;
 pub mod namespace;
 pub mod observer;
+pub mod older_qemu;
 pub mod qmp;
 pub mod relay;
 pub mod simulator;

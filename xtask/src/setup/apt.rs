@@ -63,6 +63,11 @@ impl Apt {
         Ok(depends.with_context(|| format!("apt knows no package {package}"))?.trim().to_owned())
     }
 
+    /// The newest version of `package` that begins with `beginning`; `None` if no source has one.
+    pub(super) fn version_of(&self, package: &str, beginning: &str) -> Result<Option<String>> {
+        Ok(newest(&self.run("apt-cache", &["madison", package])?, beginning))
+    }
+
     /// `packages` and the packages of all libraries that they need.
     pub(super) fn with_libraries(&self, packages: &[&str]) -> Result<BTreeSet<String>> {
         let depends = ["depends", "--recurse", "--important"];
@@ -159,6 +164,12 @@ fn extension_of(path: &Path) -> Option<&'static str> {
     }
 }
 
+/// Reads lines of `package | version | source`, the newest first.
+fn newest(listing: &str, beginning: &str) -> Option<String> {
+    let mut versions = listing.lines().filter_map(|line| line.split('|').nth(1)).map(str::trim);
+    versions.find(|version| version.starts_with(beginning)).map(str::to_owned)
+}
+
 fn codename(os_release: &str) -> Option<String> {
     let line = os_release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="))?;
     Some(line.trim_matches('"').to_owned())
@@ -167,6 +178,16 @@ fn codename(os_release: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_newest_of_a_series_is_found() {
+        let listing = " q | 1:10.0.2+ds-2~bpo12+1 | http://m.example bookworm-backports/main amd64 Packages\n \
+                       q | 1:7.2+dfsg-7+deb12u18+b3 | http://m.example bookworm/main amd64 Packages\n \
+                       q | 1:7.2+dfsg-7+deb12u15 | http://s.example bookworm-security/main amd64 Packages\n";
+        assert_eq!(newest(listing, "1:7.2").as_deref(), Some("1:7.2+dfsg-7+deb12u18+b3"));
+        assert_eq!(newest(listing, "1:9."), None);
+        assert_eq!(newest("N: no such package\n", "1:7.2"), None);
+    }
 
     #[test]
     fn the_codename_is_read_with_and_without_quotes() {

@@ -20,7 +20,7 @@ use crate::{
     api::{History, HistoryEntry},
     job::{Forecast, Job, Outcome, Report, Role},
     output::one_line,
-    worker::MemoryMap,
+    worker::{GATE, MemoryMap},
 };
 
 /// What a migration measured of the link is believed for so long; a probe sees much less of it.
@@ -122,9 +122,14 @@ impl Agent {
 /// Begins to look at the guest's memory, where that can be done.
 async fn begin_sampling(monitor: &qmp::Client, job: &Job) -> Option<Sampling> {
     let seed = u64::from_str_radix(&job.id, 16).unwrap_or_default();
-    let map = MemoryMap::of(monitor).await;
-    let map = map.inspect_err(|error| tracing::info!(error = one_line(error), "no forecast")).ok()?;
-    let begun = Sampling::begin(job.pid, &map.ranges(), seed);
+    // Where QEMU has its own way with the stop, it also has its own pace.
+    if !monitor.migrate_capabilities().await.ok()?.contains_key(GATE) {
+        tracing::info!("no forecast: QEMU lacks {GATE}");
+        return None;
+    }
+    let ranges = MemoryMap::of(monitor).await.and_then(|map| map.ranges());
+    let ranges = ranges.inspect_err(|error| tracing::info!(error = one_line(error), "no forecast")).ok()?;
+    let begun = Sampling::begin(job.pid, &ranges, seed);
     begun.inspect_err(|error| tracing::info!(%error, "no forecast")).ok()
 }
 

@@ -4,7 +4,7 @@ use godwit_content::BLOCK_BYTES;
 use godwit_qemu::{
     memory::MemoryRange,
     qmp::{Client, QmpError},
-    ramblock::{self, RamBlockAddress, RamBlockError},
+    ramblock::{self, RamBlockAddress, RamBlockError, parse_address},
 };
 
 /// Smaller blocks (firmware, ACPI tables) stay in QEMU's stream, which knows how to resize them.
@@ -22,6 +22,12 @@ pub(crate) enum MemoryMapError {
     /// There is no block that could travel.
     #[error("the machine has no RAM block of at least 4 MiB")]
     Empty,
+    /// QEMU before 8.0 tells only where the guest's own memory is.
+    #[error(
+        "this QEMU doesn't say where the memory of {0} is (before 8.0); start the machine without that device, or with a \
+         newer QEMU"
+    )]
+    NoAddress(String),
 }
 
 /// The RAM blocks that travel page by page; their pages are numbered through, in this order.
@@ -34,6 +40,13 @@ impl MemoryMap {
     /// Asks QEMU.
     pub(crate) async fn of(monitor: &Client) -> Result<Self, MemoryMapError> {
         let mut blocks = ramblock::parse(&monitor.hmp("info ramblock").await?)?;
+        if blocks.iter().any(|block| block.host_address.is_none()) {
+            let answer = monitor.hmp("gpa2hva 0x0").await?;
+            let main = parse_address(&answer);
+            for block in &mut blocks {
+                block.host_address = main.filter(|(name, _)| *name == block.name).map(|(_, address)| address);
+            }
+        }
         blocks.retain(|block| {
             block.used_bytes == block.total_bytes
                 && block.used_bytes >= SMALLEST_PAGED_BYTES
@@ -66,10 +79,14 @@ impl MemoryMap {
     }
 
     /// Where the blocks are in QEMU's address space.
-    pub(crate) fn ranges(&self) -> Vec<MemoryRange> {
-        let range = |block: &RamBlockAddress| MemoryRange {
-            host_address: block.host_address,
-            bytes: block.used_bytes,
+    ///
+    /// # Errors
+    /// [`MemoryMapError::NoAddress`] for the first of which QEMU doesn't say.
+    pub(crate) fn ranges(&self) -> Result<Vec<MemoryRange>, MemoryMapError> {
+        let range = |block: &RamBlockAddress| {
+            let host_address =
+                block.host_address.ok_or_else(|| MemoryMapError::NoAddress(block.name.clone()))?;
+            Ok(MemoryRange { host_address, bytes: block.used_bytes })
         };
         self.blocks.iter().map(range).collect()
     }

@@ -24,7 +24,7 @@ use godwit_transport::{identity, session::SessionError};
 use self::journal::Journal;
 pub(crate) use self::{
     memory_map::MemoryMap,
-    source::{GuestError, look},
+    source::{GATE, GuestError, look},
 };
 use crate::{
     agent::process::Process,
@@ -96,7 +96,7 @@ async fn end_qemu(monitor: &Client, pid: i32) -> Result<(), WorkerError> {
     Ok(())
 }
 
-/// The socket through which QEMU's stream flows between it and the worker.
+/// The socket at which an incoming QEMU waits for its worker.
 fn stream_socket(machine_dir: &Path) -> PathBuf {
     machine_dir.join("stream.sock")
 }

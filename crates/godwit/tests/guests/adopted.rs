@@ -1,14 +1,22 @@
 //! Machines that somebody started by hand and the agent took on: what can differ from a machine of godwit's own.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, process::Command};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
 
-use godwit_sim::lab::{Place, Process};
+use godwit_sim::{
+    guest_image::accelerator,
+    lab::{Place, Process},
+};
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
 use crate::{
     guest::{Guest, Plan, migrate},
-    hosts::{Hosts, MACHINE, OWN_TAP},
+    hosts::{EMULATOR, Hosts, MACHINE, OWN_TAP},
     moves::{BUSY, goes_there_and_back, move_and_compare},
 };
 
@@ -17,26 +25,28 @@ const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
 const HUGE_PAGE_MB: u64 = 2;
 
 /// A QEMU that was started by hand, and is ended with the test if it hasn't left.
-struct ByHand {
+pub(crate) struct ByHand {
     _qemu: Process,
-    guest: Guest,
+    pub(crate) guest: Guest,
 }
 
 /// How it is started: QEMU's options beside those that every guest needs.
 #[derive(Debug, Clone, Default)]
-struct Start {
+pub(crate) struct Start {
     /// Of `-machine`, appended to its type.
-    machine: &'static str,
+    pub(crate) machine: &'static str,
     /// Of `-accel`.
-    accel: &'static str,
+    pub(crate) accel: &'static str,
     /// Of `-m`, appended to the size.
-    memory: &'static str,
-    more: Vec<String>,
+    pub(crate) memory: &'static str,
+    pub(crate) more: Vec<String>,
+    /// Another QEMU than the one that is installed.
+    pub(crate) emulator: Option<PathBuf>,
 }
 
 impl ByHand {
     /// Boots it at host a, and has the agent adopt it.
-    fn boot(hosts: &Hosts, plan: Plan, start: &Start) -> Self {
+    pub(crate) fn boot(hosts: &Hosts, plan: Plan, start: &Start) -> Self {
         for host in [Place::A, Place::B] {
             hosts.lab.make_guest_tap(host, OWN_TAP).unwrap();
         }
@@ -50,10 +60,10 @@ impl ByHand {
 
 fn command(hosts: &Hosts, plan: Plan, start: &Start) -> Command {
     let monitor = |name: &str| format!("unix:{},server=on,wait=off", hosts.a.path(name).display());
-    let mut command = Command::new("qemu-system-x86_64");
+    let mut command = Command::new(start.emulator.as_deref().unwrap_or(Path::new(EMULATOR)));
     command.args(["-name", MACHINE, "-nodefaults", "-display", "none", "-serial", "null"]);
     command.arg("-machine").arg(format!("{}{}", plan.machine, start.machine));
-    command.arg("-accel").arg(format!("tcg{}", start.accel));
+    command.arg("-accel").arg(format!("{}{}", accelerator(), start.accel));
     command.arg("-m").arg(format!("{}M{}", plan.memory_mb, start.memory));
     command.args(["-smp", &plan.vcpus.to_string(), "-append", &plan.kernel_command_line()]);
     command.arg("-kernel").arg(&hosts.image.kernel).arg("-initrd").arg(&hosts.image.initrd);
@@ -89,7 +99,8 @@ fn a_machine_with_shared_memory_travels() {
 #[test]
 #[ignore = "takes half a minute"]
 fn a_guest_of_two_processors_travels_whichever_way_qemu_emulates_them() {
-    for accel in [",thread=multi", ",thread=single"] {
+    let ways: &[_] = if accelerator() == "tcg" { &[",thread=multi", ",thread=single"] } else { &[""] };
+    for accel in ways {
         let plan = Plan { vcpus: 2, command: BUSY, ..Plan::PATTERN };
         travels(plan, &Start { accel, ..Start::default() });
     }

@@ -3,7 +3,7 @@
 use std::{fs, process::Command, time::Duration};
 
 use godwit_sim::{
-    guest_image::GuestImage,
+    guest_image::{GuestImage, accelerator},
     lab::{FIRST_GUEST_ADDRESS, GUEST_BRIDGE, Place},
     observer::Progress,
 };
@@ -45,7 +45,7 @@ impl Plan {
     /// The machine's specification, its disk made.
     fn specification(self, hosts: &Hosts) -> String {
         let (kernel, initrd) = (hosts.image.kernel.display(), hosts.image.initrd.display());
-        let append = self.kernel_command_line();
+        let (append, accel) = (self.kernel_command_line(), accelerator());
         let Self { machine, memory_mb, all_devices, vcpus, .. } = self;
         let mut devices = format!("[[net]]\nbridge = \"{GUEST_BRIDGE}\"\n");
         if all_devices {
@@ -60,7 +60,7 @@ impl Plan {
                 .push_str(&format!("[[disk]]\npath = {disk:?}\nformat = \"qcow2\"\ncache = \"writeback\"\n"));
         }
         format!(
-            "name = \"{MACHINE}\"\nmachine = \"{machine}\"\naccel = \"tcg\"\nvcpus = {vcpus}\n\
+            "name = \"{MACHINE}\"\nmachine = \"{machine}\"\naccel = \"{accel}\"\nvcpus = {vcpus}\n\
              memory = \"{memory_mb}M\"\nrng = {all_devices}\nballoon = {all_devices}\n\n\
              [boot]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\nappend = \"{append}\"\n\n{devices}"
         )

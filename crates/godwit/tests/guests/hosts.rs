@@ -22,6 +22,8 @@ use nix::{
 use serde_json::Value;
 
 const GODWIT: &str = env!("CARGO_BIN_EXE_godwit");
+/// The QEMU that is installed.
+pub(crate) const EMULATOR: &str = "qemu-system-x86_64";
 const AGENT_PORT: u16 = 4577;
 const MEGABITS_PER_SECOND: u64 = 300;
 const ROUND_TRIP: Duration = Duration::from_millis(4);
@@ -102,13 +104,8 @@ impl Host {
 
     /// Writes the configuration. The emulator is QEMU with a monitor for the test, besides those that godwit has.
     fn configure(&self, peer: Place, paths: &[&Path]) {
+        self.emulate_with(Path::new(EMULATOR));
         let emulator = self.path("qemu");
-        let monitor = self.path("test.sock");
-        let monitor = monitor.display();
-        let script =
-            format!("#!/bin/sh\nexec qemu-system-x86_64 \"$@\" -qmp unix:{monitor},server=on,wait=off\n");
-        fs::write(&emulator, script).unwrap();
-        fs::set_permissions(&emulator, fs::Permissions::from_mode(0o755)).unwrap();
         let (name, directory, address) = (self.name(), self.directory.display(), self.place.address());
         let paths: String = paths.iter().map(|path| format!("{path:?} = {path:?}\n")).collect();
         let (peer, peer_address) = (peer.name(), peer.address());
@@ -121,6 +118,15 @@ impl Host {
              [peers.{peer}]\naddress = \"{peer_address}:{AGENT_PORT}\"\nmay_send = true\nmay_receive = true\n"
         );
         fs::write(self.path("agent.toml"), config).unwrap();
+    }
+
+    /// Machines that start here from now on are this QEMU's.
+    pub(crate) fn emulate_with(&self, program: &Path) {
+        let (emulator, monitor) = (self.path("qemu"), self.path("test.sock"));
+        let (program, monitor) = (program.display(), monitor.display());
+        let script = format!("#!/bin/sh\nexec {program} \"$@\" -qmp unix:{monitor},server=on,wait=off\n");
+        fs::write(&emulator, script).unwrap();
+        fs::set_permissions(&emulator, fs::Permissions::from_mode(0o755)).unwrap();
     }
 
     /// Starts the agent and waits until it answers.

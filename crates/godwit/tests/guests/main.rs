@@ -9,6 +9,7 @@
 //! | [`stalling`] | a guest that outruns its link |
 //! | [`cancelling`] | giving up, in every phase |
 //! | [`refusals`] | targets that aren't like the source |
+//! | [`older`] | QEMU 7.2, which stops guests by itself |
 //! | [`failures`] | a worker that dies |
 //! | [`foresight`] | what a migration will take, said before it begins |
 //!
@@ -26,6 +27,7 @@ mod guest;
 mod hosts;
 mod memory;
 mod moves;
+mod older;
 mod options;
 mod refusals;
 mod stalling;

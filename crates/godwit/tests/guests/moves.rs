@@ -52,6 +52,21 @@ fn a_guest_of_four_processors_goes_there_and_back_unchanged() {
     there_and_back(Plan { vcpus: 4, command: BUSY, ..Plan::PATTERN }, &[]);
 }
 
+/// Most of its memory is zero, or becomes so after it was something else.
+#[test]
+fn a_guest_that_writes_zeros_arrives_unchanged() {
+    const ZEROING: &str =
+        "for from in urandom zero; do dd if=/dev/$from of=/tmp/f bs=64k count=256; done; echo";
+    there_and_back(Plan { memory_mb: 768, command: ZEROING, ..Plan::LIGHT }, &[]);
+}
+
+/// What it writes is random, and everywhere: no delta is small, nothing compresses, and no cache of older pages helps.
+#[test]
+#[ignore = "sends a gigabyte over a slow link"]
+fn a_guest_that_no_technique_helps_arrives_unchanged() {
+    there_and_back(Plan { memory_mb: 512, workload: "harsh", ..Plan::LIGHT }, &[]);
+}
+
 /// What keeps further processors busy: files that are written anew all the time.
 pub(crate) const BUSY: &str =
     "for f in 1 2 3; do dd if=/dev/urandom of=/tmp/$f bs=64k count=64 & done; wait; echo";

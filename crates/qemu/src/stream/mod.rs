@@ -28,12 +28,14 @@
 //!
 //! Checked against QEMU 10.0; `docs/qemu-notes.md` has the format and the capabilities that must be off.
 
+mod description;
 mod element;
 mod error;
 mod global_state;
 mod output;
 mod splitter;
 
+pub use description::Description;
 pub use error::{StreamError, StreamProblem};
 pub use global_state::GlobalState;
 pub use splitter::Splitter;

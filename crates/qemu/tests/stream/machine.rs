@@ -124,7 +124,7 @@ impl Machine {
     /// The memory of one block, reached from outside.
     pub(crate) fn memory(&mut self, block: &str) -> ProcessMemory {
         let block = self.ram_block(block);
-        let range = MemoryRange { host_address: block.host_address, bytes: block.used_bytes };
+        let range = MemoryRange { host_address: block.host_address.unwrap(), bytes: block.used_bytes };
         ProcessMemory::open(self.child.id(), &[range]).unwrap()
     }
 

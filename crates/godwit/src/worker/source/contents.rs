@@ -12,6 +12,8 @@ use super::stage::StageError;
 
 /// Pages that the inline stage holds at most: 16 MiB.
 pub(super) const INLINE_PAGES_MAX: usize = 4096;
+/// The same where QEMU stops the guest by itself, so that what is held lengthens the pause: 1 MiB.
+pub(super) const UNGATED_PAGES_MAX: usize = 256;
 /// Pages, also such as need no room for contents, that the inline stage knows at most before QEMU has to wait.
 const INLINE_ENTRIES_MAX: usize = 65_536;
 /// Pages compared with QEMU's stream at once, in the pause.
@@ -97,8 +99,8 @@ impl Suspects {
 
 /// Keeps the newest contents that QEMU's stream carried. Not under an embargo: a page that was named twice would be owed
 /// once more after its contents had gone.
-#[derive(Default)]
 pub(super) struct Inline {
+    pages_max: usize,
     pages: HashMap<BlockId, Kept>,
     /// Contents, a slot each.
     slots: Vec<u8>,
@@ -113,6 +115,11 @@ enum Kept {
 }
 
 impl Inline {
+    /// Holds contents of so many pages at most, give or take what QEMU writes before it waits.
+    pub(super) fn new(pages_max: usize) -> Self {
+        Self { pages_max, pages: HashMap::new(), slots: Vec::new(), free: Vec::new() }
+    }
+
     fn used_slots(&self) -> usize {
         self.slots.len() / BLOCK_BYTES - self.free.len()
     }
@@ -164,7 +171,7 @@ impl Contents for Inline {
     }
 
     fn is_full(&self) -> bool {
-        self.used_slots() >= INLINE_PAGES_MAX || self.pages.len() >= INLINE_ENTRIES_MAX
+        self.used_slots() >= self.pages_max || self.pages.len() >= INLINE_ENTRIES_MAX
     }
 }
 
@@ -181,7 +188,7 @@ mod tests {
 
     #[test]
     fn inline_reuses_its_room_and_says_when_it_is_full() {
-        let mut inline = Inline::default();
+        let mut inline = Inline::new(INLINE_PAGES_MAX);
         for round in 0..3 {
             for id in 0..INLINE_PAGES_MAX as u64 {
                 assert!(!inline.is_full() || round > 0);

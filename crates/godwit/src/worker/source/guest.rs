@@ -9,7 +9,7 @@ use std::{
 
 use godwit_qemu::{
     adopt::UNBLOCK,
-    qmp::{Client, Event, MigrationSettings, MigrationState, QmpError, RunState},
+    qmp::{Client, Event, MigrationSettings, MigrationState, QmpError, RunState, Version},
 };
 use serde_json::{Map, json};
 use tokio::sync::broadcast;
@@ -17,7 +17,12 @@ use tokio::sync::broadcast;
 use crate::borrowed;
 
 /// What is switched on; everything else that is on is switched off for the migration.
-const CAPABILITIES: [&str; 3] = ["events", "return-path", "switchover-ack"];
+const CAPABILITIES: [&str; 3] = ["events", "return-path", GATE];
+/// Lets the worker say when the guest stops; QEMU before 8.1 lacks it.
+pub(crate) const GATE: &str = "switchover-ack";
+/// Before this, QEMU's emulator goes on writing unnoticed to pages that were looked at once (docs/qemu-notes.md, "QEMU
+/// 7.2"). A guest that doesn't run loses nothing.
+const EMULATOR_NOTICES_SINCE: Version = Version { major: 9, minor: 0, micro: 0 };
 /// `downtime-limit` and `avail-switchover-bandwidth` while the stop is far: what QEMU thinks it could send in a pause is
 /// less than a page, so that it looks for dirty pages only when it has named all that it knew of. Under TCG, QEMU loses
 /// pages for good where it looks before that (docs/qemu-notes.md, "Dirty pages that QEMU loses").
@@ -36,11 +41,17 @@ pub(crate) enum GuestError {
     #[error(transparent)]
     Monitor(#[from] QmpError),
     /// Too old.
-    #[error("this QEMU lacks the capability `{0}`; godwit needs QEMU 8.1 or later")]
+    #[error("this QEMU lacks the capability `{0}`; godwit needs QEMU 7.2 or later")]
     Lacks(&'static str),
     /// A device can't migrate.
     #[error("QEMU can't migrate this machine: {0}; {UNBLOCK}")]
     Blocked(String),
+    /// Its memory wouldn't arrive as it is.
+    #[error(
+        "the emulator (TCG) of QEMU {0} loses what a running guest writes; pause the machine first (`stop`), or run it \
+         under KVM or QEMU {EMULATOR_NOTICES_SINCE}"
+    )]
+    Loses(Version),
     /// Another migration is under way.
     #[error("QEMU is already migrating this machine (state {0:?})")]
     Busy(MigrationState),
@@ -63,6 +74,10 @@ pub(super) struct Guest {
     pub(super) monitor: Client,
     machine_dir: PathBuf,
     saved: MigrationSettings,
+    /// Whether QEMU waits with the stop until it is let; otherwise it stops the guest when it finds next to nothing dirty.
+    pub(super) is_gated: bool,
+    /// Whether QEMU would lose what the guest writes if it ran.
+    pub(super) loses_writes: bool,
     /// What it did when the migration began.
     pub(super) run_state: RunState,
     /// What QEMU said since then.
@@ -76,7 +91,9 @@ impl Guest {
         let events = monitor.events();
         let (run_state, saved) = look(&monitor).await?;
         let machine_dir = machine_dir.to_owned();
-        Ok(Self { monitor, machine_dir, saved, run_state, events })
+        let is_gated = saved.capabilities.contains_key(GATE);
+        let loses_writes = loses_writes(&monitor).await?;
+        Ok(Self { monitor, machine_dir, saved, is_gated, loses_writes, run_state, events })
     }
 
     /// Lets QEMU migrate into a socket and gives the other end of it. QEMU is handed its end, because it may be
@@ -170,6 +187,9 @@ pub(crate) async fn look(monitor: &Client) -> Result<(RunState, MigrationSetting
     if !movable {
         return Err(GuestError::NotMovable(state));
     }
+    if state == RunState::Running && loses_writes(monitor).await? {
+        return Err(GuestError::Loses(monitor.query_version().await?));
+    }
     let migration = monitor.query_migrate().await?;
     if !migration.status.is_final() {
         return Err(GuestError::Busy(migration.status));
@@ -178,8 +198,13 @@ pub(crate) async fn look(monitor: &Client) -> Result<(RunState, MigrationSetting
         return Err(GuestError::Blocked(migration.blocked_reasons.join("; ")));
     }
     let settings = monitor.migration_settings().await?;
-    match CAPABILITIES.into_iter().find(|name| !settings.capabilities.contains_key(*name)) {
+    let mut needed = CAPABILITIES.into_iter().filter(|name| *name != GATE);
+    match needed.find(|name| !settings.capabilities.contains_key(*name)) {
         Some(lacking) => Err(GuestError::Lacks(lacking)),
         None => Ok((state, settings)),
     }
+}
+
+async fn loses_writes(monitor: &Client) -> Result<bool, QmpError> {
+    Ok(!monitor.query_kvm().await? && monitor.query_version().await? < EMULATOR_NOTICES_SINCE)
 }

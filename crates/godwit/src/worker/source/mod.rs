@@ -21,7 +21,7 @@ mod sender;
 mod stage;
 mod throttle;
 
-pub(crate) use self::guest::{GuestError, look};
+pub(crate) use self::guest::{GATE, GuestError, look};
 use std::{
     sync::Arc,
     thread,
@@ -42,7 +42,7 @@ use godwit_transport::{
 use tokio::sync::mpsc;
 
 use self::{
-    contents::{Contents, Direct, Inline},
+    contents::{Contents, Direct, INLINE_PAGES_MAX, Inline, UNGATED_PAGES_MAX},
     control::{Control, Happened, Parts, Threads},
     guest::Guest,
     pump::{Pace, PageNumbers, Pump},
@@ -64,6 +64,9 @@ const WELCOME_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a page is left alone after QEMU named it where QEMU emulates the processor; see `stage::Embargo`. Several
 /// time slices of a busy host.
 const TCG_EMBARGO: Duration = Duration::from_millis(10);
+/// What the operator of a QEMU without `switchover-ack` is told.
+const UNGATED: &str = "this QEMU (before 8.1) decides by itself when the guest stops; its pages are taken from its stream, \
+                       which is held back to what the link carries";
 /// What the pump and the sender say in all: a handful of things.
 const THREAD_EVENTS: usize = 8;
 
@@ -86,7 +89,10 @@ async fn migrate(
     let guest =
         Guest::inspect(qmp::Client::connect(&job.qmp, MONITOR_TIMEOUT).await?, &job.machine_dir).await?;
     let map = MemoryMap::of(&guest.monitor).await?;
-    let memory = readable_memory(job, &map, journal)?;
+    let memory = if guest.is_gated { readable_memory(job, &map, journal)? } else { None };
+    if !guest.is_gated {
+        journal.warn(UNGATED.to_owned());
+    }
     if memory.is_none() && job.options.verify == Verify::Full {
         return Err(WorkerError::CannotVerify);
     }
@@ -129,7 +135,7 @@ fn readable_memory(
     if job.options.inline {
         return Ok(None);
     }
-    let memory = ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges())?;
+    let memory = ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges()?)?;
     match memory.probe() {
         Ok(()) => Ok(Some(memory)),
         Err(error) => {
@@ -219,14 +225,14 @@ async fn start_threads(
     session: &Session,
 ) -> Result<Threads, WorkerError> {
     let verify = match job.options.verify {
-        Verify::Full => Some(ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges())?),
+        Verify::Full => Some(ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges()?)?),
         Verify::Digest => None,
     };
     let is_emulated = !guest.monitor.query_kvm().await?;
     let (contents, embargo): (Box<dyn Contents>, _) = match memory {
         Some(memory) if is_emulated => (Box::new(Direct::new(memory)), TCG_EMBARGO),
         Some(memory) => (Box::new(Direct::new(memory)), Duration::ZERO),
-        None => (Box::new(Inline::default()), Duration::ZERO),
+        None => (Box::new(Inline::new(inline_pages_max(guest))), Duration::ZERO),
     };
     let stage = Arc::new(SharedStage::new(map.page_count(), contents, embargo));
     let stream = guest.open_stream().await?;
@@ -257,6 +263,11 @@ async fn start_threads(
         drop(tell.blocking_send(Happened::Sent(sent)));
     });
     Ok(Threads { stage, pace, outbox, account, return_path, events, verify })
+}
+
+/// What the inline stage may hold: where QEMU stops the guest by itself, all of it is part of the pause.
+fn inline_pages_max(guest: &Guest) -> usize {
+    if guest.is_gated { INLINE_PAGES_MAX } else { UNGATED_PAGES_MAX }
 }
 
 /// The bulk lane of a session.

@@ -20,7 +20,7 @@ use godwit_content::{BLOCK_BYTES, BlockId};
 use godwit_migration::wire;
 use godwit_qemu::qmp::RunState;
 use godwit_qemu::stream::{
-    GlobalState, PageRoute, RamBlock, RamPage, RamSectionEnd, Splitter, StreamError, StreamSink,
+    Description, GlobalState, PageRoute, RamBlock, RamPage, RamSectionEnd, Splitter, StreamError, StreamSink,
 };
 
 use super::{
@@ -39,6 +39,8 @@ const HEAT_PERIOD: Duration = Duration::from_millis(100);
 pub(super) enum PumpEvent {
     /// The guest is stopped, and its last dirty page has been named.
     MemoryNamed,
+    /// As far as can be told, QEMU has written the last byte of device state.
+    Described,
     /// QEMU closed its stream after the last byte of device state; all of it has been put into the outbox.
     Ended {
         /// What was sent of it.
@@ -226,11 +228,15 @@ impl Pump {
         self.courier.put(wire::STREAM, &relay.forward)?;
         self.courier.put(wire::DEVICE_STATE, &relay.device_state)?;
         relay.global_state.push(&relay.device_state);
+        relay.description.push(&relay.device_state);
         relay.forward.clear();
         relay.device_state.clear();
         if relay.memory_named && !relay.memory_named_told {
             relay.memory_named_told = true;
             tell(PumpEvent::MemoryNamed);
+        }
+        if relay.memory_named && relay.description.is_complete() {
+            tell(PumpEvent::Described);
         }
         if relay.passes.is_through(permit) {
             relay.passes = Passes::default();
@@ -250,6 +256,7 @@ struct Relay {
     forward: Vec<u8>,
     device_state: Vec<u8>,
     global_state: GlobalState,
+    description: Description,
     memory_named: bool,
     memory_named_told: bool,
     passes: Passes,

@@ -91,9 +91,10 @@ async fn receive(
         .map_err(|source| WorkerError::Socket { what: "the note of what QEMU had set", source })?;
     let stream = open_stream(&monitor, &super::stream_socket(&job.machine_dir)).await?;
     let map = MemoryMap::of(&monitor).await?;
-    let memory = ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges())?;
+    let ranges = map.ranges()?;
+    let memory = ProcessMemory::open(job.pid.unsigned_abs(), &ranges)?;
     memory.probe()?;
-    prove_addresses(&monitor, job.pid.unsigned_abs(), &map, word_of(&job.id)).await?;
+    prove_addresses(&monitor, job.pid.unsigned_abs(), &ranges, word_of(&job.id)).await?;
     let memory = Arc::new(memory);
     let held = restore_partial(job, &map, &memory, journal).await;
     journal.say(Happening::Ready);

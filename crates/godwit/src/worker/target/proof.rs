@@ -5,9 +5,8 @@ use godwit_content::BLOCK_BYTES;
 use godwit_qemu::{
     memory::{MemoryRange, PageIndex, ProcessMemory, ProcessMemoryError},
     qmp::{Client, QmpError},
+    ramblock::parse_address,
 };
-
-use crate::worker::memory_map::MemoryMap;
 
 /// Bytes that are written and read back.
 const WORD_BYTES: usize = 16;
@@ -38,13 +37,13 @@ pub(crate) enum ProofError {
 pub(super) async fn prove_addresses(
     monitor: &Client,
     pid: u32,
-    map: &MemoryMap,
+    ranges: &[MemoryRange],
     word: [u8; WORD_BYTES],
 ) -> Result<(), ProofError> {
     let host_address = address_of_zero(monitor).await?;
     let inside =
         |range: &MemoryRange| (range.host_address..range.host_address + range.bytes).contains(&host_address);
-    if !map.ranges().iter().any(inside) {
+    if !ranges.iter().any(inside) {
         return Err(ProofError::Elsewhere);
     }
     let memory = ProcessMemory::open(pid, &[MemoryRange { host_address, bytes: BLOCK_BYTES as u64 }])?;
@@ -58,14 +57,11 @@ pub(super) async fn prove_addresses(
     if found? == word { Ok(()) } else { Err(ProofError::Elsewhere) }
 }
 
-/// `Host virtual address for 0x0 (pc.ram) is 0x7f3c5be00000`
 async fn address_of_zero(monitor: &Client) -> Result<u64, ProofError> {
     const COMMAND: &str = "gpa2hva 0x0";
     let answer = monitor.hmp(COMMAND).await?;
-    let digits = answer.trim_end().rsplit_once(" 0x").map(|(_, digits)| digits);
-    digits
-        .and_then(|digits| u64::from_str_radix(digits, 16).ok())
-        .ok_or(ProofError::Answer { command: COMMAND, answer })
+    let address = parse_address(&answer).map(|(_, address)| address);
+    address.ok_or(ProofError::Answer { command: COMMAND, answer })
 }
 
 /// Two lines of `0000000000000000: 0x00 0x01 0x02 0x03 0x04 0x05 0x06 0x07`

@@ -145,6 +145,10 @@ struct Stop {
     sent_before: u64,
     /// What the link and QEMU's stream had carried when the guest stopped.
     carried_before: (u64, u64),
+    /// All of QEMU's stream has come, as far as can be told.
+    is_described: bool,
+    /// QEMU wants SHUT, but not before that.
+    owes_shut: bool,
     /// QEMU's migration is: it won't run the guest by itself any more.
     is_completed: bool,
     sent: Option<Sent>,
@@ -280,6 +284,10 @@ impl<'a> Control<'a> {
     fn stream_brought(&mut self, event: PumpEvent) -> Vec<Action> {
         match event {
             PumpEvent::MemoryNamed => self.guest_stopped(None),
+            PumpEvent::Described => {
+                self.stop.is_described = true;
+                if self.stop.owes_shut { vec![Action::AnswerShut] } else { vec![] }
+            }
             PumpEvent::Ended { sum, guest_did } => {
                 self.stop.stream = Some(sum);
                 let mut actions = guest_did.map_or_else(Vec::new, |did| self.guest_had_been(run_state(did)));
@@ -333,6 +341,11 @@ impl<'a> Control<'a> {
                 .and_then(|status| MigrationState::deserialize(status).ok())
                 .map_or_else(Vec::new, |state| self.migration_is(state)),
             "STOP" if self.stop.gate_opened.is_some() => self.guest_stopped(Some(event.timestamp.unix_us())),
+            // QEMU's own stop, as far as one knows; the stream says later what the guest had been doing.
+            "STOP" if !self.guest.is_gated => {
+                self.stop.stopped_unix_us = Some(event.timestamp.unix_us());
+                vec![]
+            }
             // QEMU says why before it says STOP.
             "STOP" if self.guest_does == RunState::Running => self.guest_now(RunState::Paused),
             "GUEST_PANICKED" => self.guest_now(RunState::Panicked),
@@ -340,6 +353,9 @@ impl<'a> Control<'a> {
                 self.guest_now(RunState::IoError)
             }
             "SUSPEND" => self.guest_now(RunState::Suspended),
+            "RESUME" | "WAKEUP" if self.guest.loses_writes && self.stop.gate_opened.is_none() => {
+                self.abort("the machine was let go on, and its QEMU would lose what it writes".into())
+            }
             "RESUME" | "WAKEUP" => self.guest_now(RunState::Running),
             // A guest that powers off in the middle of a migration ends as it would have without one.
             "SHUTDOWN" if self.stop.gate_opened.is_none() => self.abort("the guest shut down".into()),
