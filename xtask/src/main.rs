@@ -10,6 +10,7 @@ mod chaos;
 mod contest;
 mod demo;
 mod fuzz;
+mod kvm;
 mod lab;
 mod product;
 mod profile;
@@ -38,6 +39,9 @@ enum Task {
         /// Run the long tests too.
         #[arg(long)]
         long: bool,
+        /// Run only the tests with real guests, all of them, under KVM.
+        #[arg(long, conflicts_with = "long")]
+        kvm: bool,
     },
     /// Run the benches: those of the crates, or the one that is named.
     Bench {
@@ -95,7 +99,8 @@ fn run(task: Task) -> Result<()> {
     match task {
         Task::Setup => setup::run(),
         Task::Lab { rate, round_trip } => lab::run(rate, Duration::from_millis(round_trip)),
-        Task::Test { long } => test::run(long),
+        Task::Test { kvm: true, .. } => test::run_under_kvm(),
+        Task::Test { long, .. } => test::run(long),
         Task::Bench { bench: None } => test::bench(),
         Task::Bench { bench: Some(bench) } => bench::run(&bench),
         Task::Profile { subject } => profile::run(&subject),

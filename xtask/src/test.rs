@@ -8,11 +8,11 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use cargo_metadata::{MetadataCommand, TargetKind};
-use godwit_sim::guest_image::workspace;
+use godwit_sim::guest_image::{ACCELERATOR_VARIABLE, workspace};
 
 use crate::{
     chaos::{self, Sabotage},
-    fuzz, setup, tidy,
+    fuzz, kvm, setup, tidy,
 };
 
 /// The crate whose integration tests each need the machine for themselves.
@@ -29,6 +29,9 @@ pub(crate) fn run(long: bool) -> Result<()> {
     setup::run()?;
     let mut count = Count::default();
     count += check("tidy", tidy::run());
+    if long {
+        count += check("an older QEMU", setup::fetch_older_qemu());
+    }
     for step in steps(long)? {
         println!("\n== cargo {}", step.join(" "));
         count += cargo(&step)?;
@@ -45,6 +48,28 @@ pub(crate) fn run(long: bool) -> Result<()> {
     println!("\n{} passed, {} failed", count.passed, count.failed);
     if count.failed > 0 {
         bail!("{} failed", count.failed);
+    }
+    Ok(())
+}
+
+/// Runs the tests with real guests, the long ones included, under KVM. Without it they run under QEMU's emulator.
+///
+/// # Errors
+/// When KVM can't run a guest here, or a test fails.
+pub(crate) fn run_under_kvm() -> Result<()> {
+    setup::run()?;
+    setup::fetch_older_qemu()?;
+    kvm::probe()?;
+    let arguments =
+        ["test", "--package", END_TO_END, "--test", "guests", "--", "--test-threads=1", "--include-ignored"];
+    let tested = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        .args(arguments)
+        .current_dir(workspace())
+        .env(ACCELERATOR_VARIABLE, "kvm")
+        .status()
+        .context("cannot run cargo")?;
+    if !tested.success() {
+        bail!("a guest failed under KVM");
     }
     Ok(())
 }
