@@ -39,6 +39,7 @@ pub(crate) struct Start {
     pub(crate) accel: &'static str,
     /// Of `-m`, appended to the size.
     pub(crate) memory: &'static str,
+    /// Whatever else.
     pub(crate) more: Vec<String>,
     /// Another QEMU than the one that is installed.
     pub(crate) emulator: Option<PathBuf>,
