@@ -76,8 +76,15 @@ fn relative_paths_begin_where_the_process_is() {
     let spec = classify(&process(line), &live).unwrap();
     assert_eq!(arguments(&spec)[3], "-drive index=0,media=disk,file=/home/vm/top.qcow2,format=qcow2");
     assert_eq!(arguments(&spec)[4], "-kernel /home/vm/k");
-    let refusal = classify(&process(&format!("{line} -daemonize")), &live).unwrap_err();
-    assert!(refusal.to_string().contains("a daemon has left its directory"), "{refusal}");
+    let daemon = process(&format!("{line} -daemonize"));
+    let stranger = Process { working_directory: None, ..process(line) };
+    for astray in [daemon, stranger] {
+        let refusal = classify(&astray, &live).unwrap_err();
+        assert!(refusal.to_string().contains("where it begins isn't known"), "{refusal}");
+    }
+    let absolute = Process { working_directory: None, ..process("-nodefaults -kernel /boot/k") };
+    live.block_nodes.clear();
+    assert_eq!(arguments(&classify(&absolute, &live).unwrap())[3], "-kernel /boot/k");
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! The QMP client against QEMU.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, io::Read, os::unix::net::UnixStream, time::Duration};
 
 use godwit_qemu::qmp::{Client, QmpError, RunState};
 use serde_json::{Value, json};
@@ -103,4 +103,20 @@ async fn migration_settings_are_put_back() {
     // Every parameter that QEMU tells can also be said to it.
     client.set_migrate_parameters(&saved.parameters).await.unwrap();
     assert_eq!(client.migration_settings().await.unwrap(), saved);
+}
+
+#[tokio::test]
+async fn qemu_migrates_into_a_descriptor_that_it_was_given() {
+    let place = directory();
+    let qemu = Qemu::by_hand(place.path(), SMALL);
+    let client = qemu.client().await;
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    client.get_fd("stream", theirs.into()).await.unwrap();
+    client.migrate("fd:stream").await.unwrap();
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut magic = [0; 4];
+    ours.read_exact(&mut magic).unwrap();
+    assert_eq!(&magic, b"QEVM");
+    let refusal = client.migrate("fd:another").await.unwrap_err();
+    assert!(matches!(refusal, QmpError::Refused { .. }), "{refusal}");
 }
