@@ -5,7 +5,7 @@
 
 use crate::bases::Reference;
 use crate::delta::{Deltas, Run};
-use crate::{BATCH_BLOCKS, BLOCK_BYTES, BlockId, Chain, SUB_BLOCKS};
+use crate::{BATCH_BLOCKS, BLOCK_BYTES, BlockId, Chain, SUB_BLOCKS, Slot};
 
 /// How a block is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,7 @@ pub(crate) enum Form {
     Mixed,
     /// A literal that zstd would only slow down.
     Dense,
+    Shared,
 }
 
 /// How a sub-block is sent.
@@ -34,11 +35,15 @@ pub(crate) type SubForms = [SubForm; SUB_BLOCKS];
 #[derive(Default)]
 pub(crate) struct Columns {
     pub(crate) forms: Vec<Form>,
+    /// For each block, whether the target is to keep it for other guests too.
+    pub(crate) kept: Vec<bool>,
     pub(crate) ids: Vec<BlockId>,
     /// One for each [`Form::Mixed`].
     pub(crate) sub_forms: Vec<SubForms>,
     /// One for each [`Form::Reference`] and each [`SubForm::Reference`], in order.
     pub(crate) references: Vec<Reference>,
+    /// One for each [`Form::Shared`].
+    pub(crate) slots: Vec<Slot>,
     pub(crate) deltas: Deltas,
     /// To be compressed.
     pub(crate) literals: Vec<u8>,
@@ -58,11 +63,14 @@ const FORMAT: u8 = 2;
 
 const HEADER_BYTES: usize = 18;
 
+/// Set in the byte of a form: the target is to keep the block for other guests too.
+const KEPT: u8 = 0x80;
+
 /// The most sub-blocks in a batch.
 const BATCH_SUB_BLOCKS: usize = BATCH_BLOCKS * SUB_BLOCKS;
 
 /// The largest control section: for each block form, id and sub-forms; for each sub-block a reference, a run count
-/// and the most runs that a count can say.
+/// and the most runs that a count can say. A block in a slot has none of the latter.
 pub(crate) const CONTROL_LIMIT_BYTES: usize =
     BATCH_BLOCKS * (1 + 8 + 1) + BATCH_SUB_BLOCKS * (8 + 1 + 1 + 4 * u8::MAX as usize);
 
@@ -121,7 +129,7 @@ impl Form {
     }
 
     fn parse(byte: u8) -> Result<Self, ShapeError> {
-        [Self::Zero, Self::Reference, Self::Delta, Self::Literal, Self::Mixed, Self::Dense]
+        [Self::Zero, Self::Reference, Self::Delta, Self::Literal, Self::Mixed, Self::Dense, Self::Shared]
             .get(usize::from(byte))
             .copied()
             .ok_or(ShapeError::Form(byte))
@@ -143,23 +151,27 @@ impl SubForm {
 impl Columns {
     pub(crate) fn clear(&mut self) {
         self.forms.clear();
+        self.kept.clear();
         self.ids.clear();
         self.sub_forms.clear();
         self.references.clear();
+        self.slots.clear();
         self.deltas.clear();
         self.literals.clear();
         self.dense.clear();
     }
 
-    pub(crate) fn push(&mut self, id: BlockId, form: Form, sub_forms: SubForms) {
+    pub(crate) fn push(&mut self, id: BlockId, form: Form, sub_forms: SubForms, is_kept: bool) {
         self.ids.push(id);
         self.forms.push(form);
+        self.kept.push(is_kept);
         if form == Form::Mixed {
             self.sub_forms.push(sub_forms);
         }
     }
 
-    /// Each block with its form and its sub-blocks' forms; those of zero blocks and whole references say nothing.
+    /// Each block with its form and its sub-blocks' forms; those of blocks that are zero, in a slot or references
+    /// as a whole say nothing.
     pub(crate) fn blocks(&self) -> impl Iterator<Item = (BlockId, Form, SubForms)> {
         let mut mixed = self.sub_forms.iter();
         self.ids.iter().zip(&self.forms).map(move |(id, form)| {
@@ -167,7 +179,7 @@ impl Columns {
                 Form::Mixed => *mixed.next().unwrap_or(&[SubForm::Zero; SUB_BLOCKS]),
                 Form::Delta => [SubForm::Delta; SUB_BLOCKS],
                 Form::Literal | Form::Dense => [SubForm::Literal; SUB_BLOCKS],
-                Form::Zero | Form::Reference => [SubForm::Zero; SUB_BLOCKS],
+                Form::Zero | Form::Reference | Form::Shared => [SubForm::Zero; SUB_BLOCKS],
             };
             (*id, *form, sub_forms)
         })
@@ -175,11 +187,13 @@ impl Columns {
 
     /// Writes all columns but the XOR bytes and the literals.
     pub(crate) fn put_control(&self, out: &mut Vec<u8>) {
-        out.extend(self.forms.iter().map(|form| *form as u8));
-        put_planes(out, steps(self.ids.iter().copied()));
+        let marked = |(form, kept): (&Form, &bool)| *form as u8 | if *kept { KEPT } else { 0 };
+        out.extend(self.forms.iter().zip(&self.kept).map(marked));
+        put_planes(out, steps(self.ids.iter().map(|id| id.0)));
         out.extend(self.sub_forms.iter().map(SubForm::pack));
-        put_planes(out, steps(self.references.iter().map(|reference| reference.id)));
+        put_planes(out, steps(self.references.iter().map(|reference| reference.id.0)));
         out.extend(self.references.iter().map(|reference| reference.sub_block));
+        put_planes(out, steps(self.slots.iter().map(|slot| slot.0)));
         out.extend_from_slice(&self.deltas.run_counts);
         put_planes(out, self.deltas.runs.iter().map(|run| run.skip.to_le_bytes()));
         put_planes(out, self.deltas.runs.iter().map(|run| run.length.to_le_bytes()));
@@ -190,12 +204,15 @@ impl Columns {
         let mut reader = Reader(control);
         self.clear();
         for byte in reader.take(block_count)? {
-            self.forms.push(Form::parse(*byte)?);
+            self.forms.push(Form::parse(*byte & !KEPT)?);
+            self.kept.push(*byte & KEPT != 0);
         }
-        self.ids.extend(unsteps(reader.planes(block_count)?));
+        self.ids.extend(unsteps(reader.planes(block_count)?).map(BlockId));
         let mixed = self.forms.iter().filter(|form| **form == Form::Mixed).count();
         self.sub_forms.extend(reader.take(mixed)?.iter().copied().map(SubForm::unpack));
         self.take_references(&mut reader)?;
+        let in_slots = self.forms.iter().filter(|form| **form == Form::Shared).count();
+        self.slots.extend(unsteps(reader.planes(in_slots)?).map(Slot));
         let delta_count = self.count_sub_blocks(Form::Delta, SubForm::Delta, SUB_BLOCKS);
         self.deltas.run_counts.extend_from_slice(reader.take(delta_count)?);
         let run_count = self.deltas.run_counts.iter().copied().map(usize::from).sum();
@@ -210,7 +227,7 @@ impl Columns {
 
     fn take_references(&mut self, reader: &mut Reader<'_>) -> Result<(), ShapeError> {
         let count = self.count_sub_blocks(Form::Reference, SubForm::Reference, 1);
-        let ids = unsteps(reader.planes(count)?);
+        let ids = unsteps(reader.planes(count)?).map(BlockId);
         for (id, sub_block) in ids.zip(reader.take(count)?.iter().copied()) {
             match usize::from(sub_block) < SUB_BLOCKS {
                 true => self.references.push(Reference { id, sub_block }),
@@ -228,25 +245,25 @@ impl Columns {
     }
 }
 
-/// Ids as differences from the one after the id before, so that sequences become zeros; zigzag, so that small steps
+/// Numbers as differences from the one after the id before, so that sequences become zeros; zigzag, so that small steps
 /// back are small numbers too.
-fn steps(ids: impl ExactSizeIterator<Item = BlockId>) -> impl ExactSizeIterator<Item = [u8; 8]> {
+fn steps(numbers: impl ExactSizeIterator<Item = u64>) -> impl ExactSizeIterator<Item = [u8; 8]> {
     let mut expected = 0u64;
-    ids.map(move |id| {
-        let step = id.0.wrapping_sub(expected) as i64;
-        expected = id.0.wrapping_add(1);
+    numbers.map(move |number| {
+        let step = number.wrapping_sub(expected) as i64;
+        expected = number.wrapping_add(1);
         (step << 1 ^ step >> 63).to_le_bytes()
     })
 }
 
 /// The inverse of [`steps`].
-fn unsteps(steps: impl Iterator<Item = [u8; 8]>) -> impl Iterator<Item = BlockId> {
+fn unsteps(steps: impl Iterator<Item = [u8; 8]>) -> impl Iterator<Item = u64> {
     let mut expected = 0u64;
     steps.map(move |step| {
         let step = u64::from_le_bytes(step);
-        let id = expected.wrapping_add(step >> 1 ^ (step & 1).wrapping_neg());
-        expected = id.wrapping_add(1);
-        BlockId(id)
+        let number = expected.wrapping_add(step >> 1 ^ (step & 1).wrapping_neg());
+        expected = number.wrapping_add(1);
+        number
     })
 }
 
@@ -290,9 +307,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn ids_survive_their_steps(ids: Vec<u64>) {
-            let ids: Vec<_> = ids.into_iter().map(BlockId).collect();
-            prop_assert_eq!(unsteps(steps(ids.iter().copied())).collect::<Vec<_>>(), ids);
+        fn numbers_survive_their_steps(numbers: Vec<u64>) {
+            prop_assert_eq!(unsteps(steps(numbers.iter().copied())).collect::<Vec<_>>(), numbers);
         }
 
         #[test]
@@ -313,7 +329,7 @@ mod tests {
 
     #[test]
     fn sequences_become_zeros() {
-        let zeros = steps([7, 8, 9, 10].map(BlockId).into_iter()).skip(1).filter(|step| *step == [0; 8]);
+        let zeros = steps([7, 8, 9, 10].into_iter()).skip(1).filter(|step| *step == [0; 8]);
         assert_eq!(zeros.count(), 3);
     }
 

@@ -1,7 +1,7 @@
 //! The target: rebuilds blocks from batches.
 //!
 //! ```text
-//!   parse ──► check ids ──► read what is referenced ──► rebuild ──► compare digests ──► write
+//!   parse ──► check ids ──► read what is referenced ──► rebuild ──► compare digests ──► write ──► give out what is kept
 //!     └───────────┴────────────────────┴─────────────────┴───────────────┘                │
 //!              an error here leaves memory and decoder as they were       an error here leaves memory
 //!                                                                         unknown, the decoder as it was
@@ -11,6 +11,7 @@ use crate::batch::{CONTENT_LIMIT_BYTES, CONTROL_LIMIT_BYTES, Columns, Form, Head
 use crate::compress::{Decompressor, OpenError};
 use crate::digest::{Chain, Link, digests};
 use crate::rebuild::{Rebuild, Sources};
+use crate::shared::{NoSharedPages, SharedPageError, SharedPages};
 use crate::{BLOCK_BYTES, Block, BlockId, Memory, MemoryError};
 
 /// The bounds of a [`Decoder`].
@@ -29,6 +30,8 @@ pub struct Decoded {
     pub zero_blocks: usize,
     /// How many were written: all but zero blocks that were zero already and versions that the batch itself replaced.
     pub written_blocks: usize,
+    /// The contents that the source asks to keep for other guests, in order, [`BLOCK_BYTES`] each.
+    pub kept: Vec<u8>,
 }
 
 /// Why a batch was not decoded. Nothing was written, unless [`Write`](DecodeError::Write) says otherwise.
@@ -56,6 +59,9 @@ pub enum DecodeError {
     /// What it is made from can't be read.
     #[error("cannot read the blocks that the batch refers to")]
     Read(#[source] MemoryError),
+    /// What it takes of other guests can't be read.
+    #[error("cannot read a page that guests share")]
+    Shared(#[from] SharedPageError),
     /// What it decodes to isn't what the source had, or a batch is missing.
     #[error("digest after the batch is {actual}, the source says {expected}")]
     DigestDiffers {
@@ -63,6 +69,14 @@ pub enum DecodeError {
         expected: Chain,
         /// Ours.
         actual: Chain,
+    },
+    /// The same of a batch that takes blocks of other guests, one of which may not be what it was.
+    #[error("{blocks} pages that guests share aren't all what they were")]
+    SharedDiffers {
+        /// How many the batch takes.
+        blocks: usize,
+        /// The digests.
+        source: Box<DecodeError>,
     },
     /// The decoded blocks can't be written; some of them may have been.
     #[error("cannot write the decoded blocks")]
@@ -72,7 +86,7 @@ pub enum DecodeError {
 /// The target's half of the engine: decodes batches in the order in which they were drafted.
 ///
 /// It relies on no content between batches: references and deltas read the target's memory. Its buffers stay under
-/// 6 MiB: a batch, the blocks that it refers to (at most five for each of its own), and its sections.
+/// 7 MiB: a batch, the blocks that it refers to (at most five for each of its own), and its sections.
 pub struct Decoder {
     block_count: u64,
     chain: Chain,
@@ -109,17 +123,42 @@ impl Decoder {
 
     /// Decodes a batch into `memory`: one read at most, then, if the digest is right, one write at most.
     pub fn decode(&mut self, bytes: &[u8], memory: &mut impl Memory) -> Result<Decoded, DecodeError> {
+        self.decode_sharing(bytes, memory, &mut NoSharedPages)
+    }
+
+    /// Decodes a batch that may take blocks of other guests.
+    pub fn decode_sharing(
+        &mut self,
+        bytes: &[u8],
+        memory: &mut impl Memory,
+        shared: &mut impl SharedPages,
+    ) -> Result<Decoded, DecodeError> {
         let expected = self.open(bytes)?;
         self.check_ids()?;
         self.sources.gather(&self.columns, memory).map_err(DecodeError::Read)?;
+        self.sources.gather_shared(&self.columns, shared)?;
         self.rebuild()?;
         let actual = self.digest();
         if actual != expected {
-            return Err(DecodeError::DigestDiffers { expected, actual });
+            return Err(self.differs(expected, actual));
         }
+        let kept = self.kept();
         let decoded = self.write(memory)?;
         self.chain = actual;
-        Ok(decoded)
+        Ok(Decoded { kept, ..decoded })
+    }
+
+    fn differs(&self, expected: Chain, actual: Chain) -> DecodeError {
+        let differs = DecodeError::DigestDiffers { expected, actual };
+        match self.columns.slots.len() {
+            0 => differs,
+            blocks => DecodeError::SharedDiffers { blocks, source: Box::new(differs) },
+        }
+    }
+
+    fn kept(&self) -> Vec<u8> {
+        let marked = self.rebuilt.iter().zip(&self.columns.kept).filter(|(_, kept)| **kept);
+        marked.flat_map(|(content, _)| content).copied().collect()
     }
 
     /// Parses a batch into columns and returns the digest that it promises.
@@ -183,6 +222,7 @@ impl Decoder {
             zero_blocks: self.columns.forms.iter().filter(|form| **form == Form::Zero).count(),
             written_blocks: written.len(),
             ids: self.columns.ids.clone(),
+            kept: Vec::new(),
         })
     }
 }

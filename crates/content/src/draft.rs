@@ -7,8 +7,8 @@ use crate::batch::{Columns, Form, Header, SubForm, SubForms};
 use crate::compress::Compressor;
 use crate::delta::{Deltas, RUN_BYTES};
 use crate::{
-    BLOCK_BYTES, Block, BlockId, Chain, LevelGovernor, SUB_BLOCK_BYTES, SUB_BLOCKS, SubBlock, Tally,
-    sub_blocks,
+    BLOCK_BYTES, Block, BlockId, Chain, ContentDigest, LevelGovernor, SUB_BLOCK_BYTES, SUB_BLOCKS, Slot,
+    SubBlock, Tally, sub_blocks,
 };
 
 /// Blocks whose forms are decided, all but one question: whether a long delta is really shorter than the compressed
@@ -37,7 +37,10 @@ pub struct Batch {
 pub(crate) struct Outline {
     pub(crate) blocks: Vec<BlockOutline>,
     pub(crate) references: Vec<Reference>,
+    pub(crate) slots: Vec<Slot>,
     pub(crate) deltas: Deltas,
+    /// Of the blocks that the target is to keep.
+    pub(crate) kept: Vec<ContentDigest>,
 }
 
 pub(crate) struct BlockOutline {
@@ -46,6 +49,8 @@ pub(crate) struct BlockOutline {
     pub(crate) sub_forms: SubForms,
     /// What its deltas cost before compression.
     pub(crate) delta_cost: usize,
+    /// Whether the target is to keep it for other guests too.
+    pub(crate) is_kept: bool,
 }
 
 /// A block's delta of at least this size is weighed against zstd over the new content. Hardly anything compresses a
@@ -60,15 +65,23 @@ const EVEN: f64 = 1.25;
 
 impl BlockOutline {
     pub(crate) fn zero(id: BlockId) -> Self {
-        Self { id, whole: Some(Form::Zero), sub_forms: [SubForm::Zero; SUB_BLOCKS], delta_cost: 0 }
+        Self::whole(id, Form::Zero, SubForm::Zero)
     }
 
     pub(crate) fn reference(id: BlockId) -> Self {
-        Self { id, whole: Some(Form::Reference), sub_forms: [SubForm::Reference; SUB_BLOCKS], delta_cost: 0 }
+        Self::whole(id, Form::Reference, SubForm::Reference)
+    }
+
+    pub(crate) fn shared(id: BlockId) -> Self {
+        Self::whole(id, Form::Shared, SubForm::Zero)
     }
 
     pub(crate) fn literal(id: BlockId) -> Self {
-        Self { id, whole: None, sub_forms: [SubForm::Literal; SUB_BLOCKS], delta_cost: 0 }
+        Self { whole: None, ..Self::whole(id, Form::Literal, SubForm::Literal) }
+    }
+
+    fn whole(id: BlockId, form: Form, sub_form: SubForm) -> Self {
+        Self { id, whole: Some(form), sub_forms: [sub_form; SUB_BLOCKS], delta_cost: 0, is_kept: false }
     }
 }
 
@@ -76,6 +89,11 @@ impl Draft {
     /// How many blocks it has.
     pub fn blocks(&self) -> usize {
         self.outline.blocks.len()
+    }
+
+    /// What the target will keep for other guests when it has decoded the batch, in order.
+    pub fn kept(&self) -> &[ContentDigest] {
+        &self.outline.kept
     }
 
     /// Compresses the batch. The result depends on the draft alone, not on what the compressor did before.
@@ -124,6 +142,7 @@ impl Draft {
     fn assemble(&self, level: Option<i32>, columns: &mut Columns, compressor: &mut Compressor) -> Tally {
         columns.clear();
         columns.references.extend_from_slice(&self.outline.references);
+        columns.slots.extend_from_slice(&self.outline.slots);
         let mut tally = Tally { raw_bytes: (self.blocks() * BLOCK_BYTES) as u64, ..Tally::default() };
         let mut deltas = Cursor::new(&self.outline.deltas);
         let contents = self.contents.as_chunks().0.iter().chain(iter::repeat(&[0; BLOCK_BYTES]));
@@ -145,7 +164,7 @@ impl Draft {
             let literals = if form == Form::Dense { &mut columns.dense } else { &mut columns.literals };
             let contents = select(content, &sub_forms, SubForm::Literal);
             contents.for_each(|sub_block| literals.extend_from_slice(sub_block));
-            columns.push(block.id, form, sub_forms);
+            columns.push(block.id, form, sub_forms, block.is_kept);
             count(&mut tally, form, &sub_forms);
         }
         tally.delta_bytes = (columns.deltas.xor.len() + columns.deltas.runs.len() * RUN_BYTES) as u64;
@@ -204,6 +223,7 @@ fn count(tally: &mut Tally, form: Form, sub_forms: &SubForms) {
     *match form {
         Form::Zero => &mut tally.zero_blocks,
         Form::Reference => &mut tally.reference_blocks,
+        Form::Shared => &mut tally.shared_blocks,
         _ if sub_forms.contains(&SubForm::Reference) => &mut tally.partial_reference_blocks,
         _ if sub_forms.contains(&SubForm::Delta) => &mut tally.delta_blocks,
         _ => &mut tally.literal_blocks,

@@ -7,6 +7,7 @@ use crate::batch::SubForm;
 use crate::digest::{self, Chain, Digests, Link};
 use crate::draft::{BlockOutline, Draft, Outline};
 use crate::held::Held;
+use crate::shared::{ContentDigest, SharedIndex};
 use crate::{BATCH_BLOCKS, BLOCK_BYTES, Block, BlockId, BlockVersion, SUB_BLOCKS, is_zero, sub_blocks};
 
 /// The bounds of an [`Encoder`].
@@ -26,6 +27,8 @@ pub struct Techniques {
     pub zero: bool,
     /// A block that the target has elsewhere is named.
     pub reference: bool,
+    /// A block that the target has of another guest is named.
+    pub shared: bool,
     /// A sub-block that the target has elsewhere is named.
     pub sub_block: bool,
     /// Of a block that was sent before, what changed is sent.
@@ -36,10 +39,17 @@ pub struct Techniques {
 
 impl Techniques {
     /// Every technique.
-    pub const ALL: Self = Self { zero: true, reference: true, sub_block: true, delta: true, compress: true };
+    pub const ALL: Self =
+        Self { zero: true, reference: true, shared: true, sub_block: true, delta: true, compress: true };
     /// None: every block is sent as it is.
-    pub const NONE: Self =
-        Self { zero: false, reference: false, sub_block: false, delta: false, compress: false };
+    pub const NONE: Self = Self {
+        zero: false,
+        reference: false,
+        shared: false,
+        sub_block: false,
+        delta: false,
+        compress: false,
+    };
 }
 
 impl Default for Techniques {
@@ -61,6 +71,7 @@ pub struct Encoder {
     techniques: Techniques,
     key_of: fn(u128) -> u64,
     held: Held,
+    shared: SharedIndex,
 }
 
 /// A reference's share of the control section, about: a longer delta gives way to it. A delta with a run is longer.
@@ -82,12 +93,19 @@ impl Encoder {
             techniques: Techniques::ALL,
             key_of,
             held: Held::default(),
+            shared: SharedIndex::default(),
         }
     }
 
     /// What the target holds already, from an earlier session. To be said before anything is drafted.
     pub fn assume_held(&mut self, held: Held) {
         self.held = held;
+    }
+
+    /// What the target holds of all guests that come from this host; empty, and not added to, unless the caller sees to
+    /// both.
+    pub fn shared(&mut self) -> &mut SharedIndex {
+        &mut self.shared
     }
 
     /// Chooses zstd's level for the drafts that follow.
@@ -142,7 +160,7 @@ impl Encoder {
         draft
     }
 
-    /// The order of techniques that did best: zero, seen before, delta, literal.
+    /// The order of techniques that did best: zero, seen before, seen in another guest, delta, literal.
     fn outline(&mut self, version: BlockVersion, content: &Block, outline: &mut Outline) -> BlockOutline {
         if self.techniques.zero && is_zero(content) {
             self.held.take(version.id, content);
@@ -165,10 +183,20 @@ impl Encoder {
             outline.references.push(Reference { id, sub_block: 0 });
             return BlockOutline::reference(version.id);
         }
+        let digest = self.digest_for_others(version, content);
+        if let Some(slot) = digest.and_then(|digest| self.shared.find(&digest)) {
+            self.bases.keep(version, content, &keys);
+            outline.slots.push(slot);
+            return BlockOutline::shared(version.id);
+        }
         for (sub_block, _) in (0..).zip(held).filter(|(_, held)| *held) {
             seen.sub_blocks[usize::from(sub_block)] = Some(Reference { id: version.id, sub_block });
         }
-        let block = self.outline_sub_blocks(version, content, &seen, outline);
+        let mut block = self.outline_sub_blocks(version, content, &seen, outline);
+        if let Some(digest) = digest.filter(|_| self.shared.is_growing()) {
+            outline.kept.push(digest);
+            block.is_kept = true;
+        }
         keys.iter_mut()
             .zip(&seen.sub_blocks)
             .filter(|(_, seen)| seen.is_some())
@@ -208,6 +236,12 @@ impl Encoder {
             };
         }
         block
+    }
+
+    /// The digest by which other guests find a block, if there are any to find it. Hot blocks are of no use to them.
+    fn digest_for_others(&self, version: BlockVersion, content: &Block) -> Option<ContentDigest> {
+        let is_of_use = self.techniques.shared && !version.hot && self.shared.is_in_use();
+        is_of_use.then(|| ContentDigest::of(content))
     }
 
     /// A repeated block is found again through the one that it repeats, so it needs room of its own only as a base.

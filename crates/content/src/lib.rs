@@ -6,7 +6,8 @@
 //! with the version last sent, as runs; the content itself. What is left is compressed with zstd, a batch at a time.
 //! The format is drawn in `docs/wire-format.md`, section "Batch".
 //!
-//! Only the source keeps a cache, and it is bounded; the target's own memory is what references and deltas read.
+//! The source keeps a bounded cache; the target's own memory is what references and deltas read. What guests that come
+//! from one host have in common, the target keeps once for all of them ([`SharedPages`], found by [`SharedIndex`]).
 //! Every reference is compared byte for byte before it is made, and every batch carries a digest, chained to the
 //! batches before it, that the target checks before it writes anything.
 //!
@@ -53,6 +54,9 @@ mod queue;
 mod rebuild;
 #[cfg(test)]
 mod roundtrip_tests;
+mod shared;
+#[cfg(test)]
+mod sharing_tests;
 mod tally;
 
 pub use compress::{Compressor, OpenError, open_bytes, seal_bytes};
@@ -63,6 +67,7 @@ pub use encoder::{Encoder, EncoderLimits, Techniques};
 pub use governor::{Interval, LevelGovernor, Tried};
 pub use held::{Held, HeldDigests};
 pub use memory::{Memory, MemoryError, VecMemory};
+pub use shared::{ContentDigest, SharedIndex, SharedPageError, SharedPages, Slot, VecSharedPages};
 pub use tally::Tally;
 
 use std::fmt;

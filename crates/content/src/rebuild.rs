@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use crate::batch::{Columns, Form, ShapeError, SubForm, SubForms};
 use crate::delta::{self, Run};
 use crate::{
-    BLOCK_BYTES, Block, BlockId, Memory, MemoryError, SUB_BLOCK_BYTES, SubBlock, is_zero, sub_blocks,
+    BLOCK_BYTES, Block, BlockId, Memory, MemoryError, SUB_BLOCK_BYTES, SharedPageError, SharedPages,
+    SubBlock, is_zero, sub_blocks,
 };
 
 /// Where a block's version is that was current when something referred to it.
@@ -15,6 +16,8 @@ enum Version {
     Read(usize),
     /// The number of a block of this batch.
     Rebuilt(usize),
+    /// The number of a block read from a slot.
+    Shared(usize),
 }
 
 /// Everything that a batch refers to.
@@ -26,7 +29,9 @@ pub(crate) struct Sources {
     read: HashMap<BlockId, usize>,
     ids: Vec<BlockId>,
     contents: Vec<u8>,
-    /// One for each zero block, reference and delta, in order.
+    /// What the slots hold that the batch names, in order.
+    shared: Vec<Block>,
+    /// One for each zero block, block in a slot, reference and delta, in order.
     needed: Vec<Version>,
 }
 
@@ -37,12 +42,13 @@ impl Sources {
         self.read.clear();
         self.ids.clear();
         self.needed.clear();
-        let mut references = columns.references.iter().map(|reference| reference.id);
+        let (mut references, mut in_slots) = (columns.references.iter().map(|reference| reference.id), 0..);
         for (position, (id, form, sub_forms)) in columns.blocks().enumerate() {
             match form {
                 Form::Zero => self.need_from_memory(id),
                 Form::Reference => self.need(references.next()),
                 Form::Dense => {}
+                Form::Shared => self.needed.extend(in_slots.next().map(Version::Shared)),
                 Form::Delta | Form::Literal | Form::Mixed => {
                     for sub_form in sub_forms {
                         match sub_form {
@@ -57,6 +63,16 @@ impl Sources {
         }
         self.contents.resize(self.ids.len() * BLOCK_BYTES, 0);
         if self.ids.is_empty() { Ok(()) } else { memory.read(&self.ids, &mut self.contents) }
+    }
+
+    /// Reads what the batch takes of other guests.
+    pub(crate) fn gather_shared(
+        &mut self,
+        columns: &Columns,
+        pages: &mut impl SharedPages,
+    ) -> Result<(), SharedPageError> {
+        self.shared.resize(columns.slots.len(), [0; BLOCK_BYTES]);
+        columns.slots.iter().zip(&mut self.shared).try_for_each(|(slot, content)| pages.read(*slot, content))
     }
 
     /// Whether no later block of the batch replaces the one at `position`.
@@ -85,6 +101,7 @@ impl Sources {
         match version {
             Version::Read(number) => &self.contents.as_chunks().0[number],
             Version::Rebuilt(number) => &rebuilt[number],
+            Version::Shared(number) => &self.shared[number],
         }
     }
 }
@@ -138,6 +155,10 @@ impl<'a> Rebuild<'a> {
                 let (literal, rest) = self.dense.split_first_chunk().ok_or(ShapeError::Literals)?;
                 *block = *literal;
                 self.dense = rest;
+            }
+            Form::Shared => {
+                let version = self.needed()?;
+                *block = *self.sources.content(version, earlier);
             }
             Form::Delta | Form::Literal | Form::Mixed => {
                 let (targets, _) = block.as_chunks_mut::<SUB_BLOCK_BYTES>();

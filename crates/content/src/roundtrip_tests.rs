@@ -73,6 +73,7 @@ fn setting() -> impl Strategy<Value = Setting> {
         |(zero, reference, sub_block, delta, compress)| Techniques {
             zero,
             reference,
+            shared: true,
             sub_block,
             delta,
             compress,

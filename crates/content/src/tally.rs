@@ -11,6 +11,8 @@ pub struct Tally {
     pub zero_blocks: u64,
     /// Blocks that the target has elsewhere, whole.
     pub reference_blocks: u64,
+    /// Blocks that the target has of another guest.
+    pub shared_blocks: u64,
     /// Blocks of which at least one sub-block is a reference.
     pub partial_reference_blocks: u64,
     /// Blocks of which at least one sub-block is a delta and none a reference.
@@ -32,6 +34,7 @@ impl Tally {
     pub fn blocks(&self) -> u64 {
         self.zero_blocks
             + self.reference_blocks
+            + self.shared_blocks
             + self.partial_reference_blocks
             + self.delta_blocks
             + self.literal_blocks
@@ -42,6 +45,7 @@ impl AddAssign for Tally {
     fn add_assign(&mut self, other: Self) {
         self.zero_blocks += other.zero_blocks;
         self.reference_blocks += other.reference_blocks;
+        self.shared_blocks += other.shared_blocks;
         self.partial_reference_blocks += other.partial_reference_blocks;
         self.delta_blocks += other.delta_blocks;
         self.delta_bytes += other.delta_bytes;
