@@ -13,6 +13,7 @@
 //!              ◄───────────────────────────  HELD …   what it kept of an earlier migration, if it did
 //!   HANDOVER   ◄──────────────────────────►          see `handover`
 //!   BATCH …    ───────────────────────────►          memory, bulk lanes
+//!              ◄───────────────────────────  KEPT …   where blocks are that other guests may use too, bulk lane
 //!   STREAM …   ───────────────────────────►          what of QEMU's stream isn't memory, up to the stop
 //!   DEVICE_STATE … ───────────────────────►          and from then on
 //!   TOKEN      ───────────────────────────►
@@ -52,6 +53,9 @@ pub const VERIFY: u8 = 19;
 /// Kind of a frame with sealed 64-bit digests of what the target holds of an earlier migration: four a page, in order,
 /// eight bytes each, little-endian, whole pages in each frame; from the target, right after its welcome.
 pub const HELD: u8 = 20;
+
+/// Kind of a frame with a [`Kept`]; from the target, one for each batch that asked for it, in their order.
+pub const KEPT: u8 = 21;
 
 /// Longest body of a control message.
 pub const CONTROL_BYTES_MAX: usize = 1 << 20;
@@ -129,6 +133,36 @@ pub struct Welcome {
     /// Of how many pages digests follow in [`HELD`] frames; 0 if the target holds nothing.
     #[serde(default)]
     pub held_pages: u64,
+    /// Names what the target holds for all guests from this source, so that both mean the same by a slot; `None` if it
+    /// holds nothing for others.
+    #[serde(default)]
+    pub shared_pages: Option<String>,
+}
+
+/// Where the target put the blocks that a batch asked it to keep for other guests: in consecutive slots.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Kept {
+    /// The slot of the first.
+    pub first_slot: u64,
+    /// How many; 0 where there was no room, and then there won't be any later.
+    pub blocks: u32,
+}
+
+impl Kept {
+    /// The frame's body: both numbers, little-endian.
+    pub fn to_bytes(self) -> [u8; 12] {
+        let mut bytes = [0; 12];
+        bytes[..8].copy_from_slice(&self.first_slot.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.blocks.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a frame's body; `None` if it isn't one.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let (first_slot, blocks) = bytes.split_first_chunk()?;
+        let blocks = u32::from_le_bytes(blocks.try_into().ok()?);
+        Some(Self { first_slot: u64::from_le_bytes(*first_slot), blocks })
+    }
 }
 
 /// Why a migration can't be.
@@ -293,7 +327,12 @@ fn check_limits(message: &Message) -> Result<(), DecodeError> {
             let blocks = hello.ram_blocks.iter().map(|block| &block.name);
             names.into_iter().chain(blocks).try_for_each(|name| limit("a name", name.len(), TEXT_BYTES_MAX))
         }
-        Message::Welcome(welcome) => limit("a name", welcome.qemu_version.len(), TEXT_BYTES_MAX),
+        Message::Welcome(welcome) => {
+            let shared_pages = welcome.shared_pages.as_deref().unwrap_or_default();
+            [welcome.qemu_version.as_str(), shared_pages]
+                .into_iter()
+                .try_for_each(|name| limit("a name", name.len(), TEXT_BYTES_MAX))
+        }
         Message::Refuse(Refuse { reason })
         | Message::Handover(
             handover::Message::Cancel { reason, .. } | handover::Message::Refused { reason, .. },
@@ -344,7 +383,12 @@ mod tests {
         let epoch = Epoch(7);
         for message in [
             Message::Hello(Box::new(hello())),
-            Message::Welcome(Welcome { version: 1, qemu_version: "10.0.2".into(), held_pages: 3 }),
+            Message::Welcome(Welcome {
+                version: 1,
+                qemu_version: "10.0.2".into(),
+                held_pages: 3,
+                shared_pages: Some("0123456789abcdef".into()),
+            }),
             Message::Refuse(Refuse { reason: "no".into() }),
             Message::Handover(handover::Message::Cancel { epoch, reason: "operator".into() }),
             Message::Handover(handover::Message::Taken { epoch, resumed_unix_us: Some(5) }),
@@ -399,6 +443,13 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn slots_survive_the_wire_and_other_lengths_are_refused(first_slot: u64, blocks: u32, bytes: Vec<u8>) {
+            let kept = Kept { first_slot, blocks };
+            prop_assert_eq!(Kept::from_bytes(&kept.to_bytes()), Some(kept));
+            prop_assert_eq!(Kept::from_bytes(&bytes).is_some(), bytes.len() == 12);
+        }
+
         #[test]
         fn arbitrary_bytes_are_errors(kind: u8, body: Vec<u8>) {
             let _ = decode(kind, &body);

@@ -32,7 +32,9 @@
 //!    once a pass, since a second copy in the same pass would buy nothing that the first didn't.
 //!
 //! Within a class, blocks go in address order by a cursor that moves on and wraps, so that neighbours travel together
-//! and nobody starves. In [`Mode::Final`] the guest is stopped, nothing can be in vain, and everything goes.
+//! and nobody starves. The first time round it begins at [`Settings::first_block`]: guests that were booted from one
+//! image hold much the same in much the same order, and if each begins elsewhere, each sends a part that the others can
+//! then refer to (`content::SharedIndex`) instead of all sending the same part at once. In [`Mode::Final`] the guest is stopped, nothing can be in vain, and everything goes.
 //!
 //! Both exceptions for hot blocks live from deltas. Chunks that always travel whole want the paper's own rule, which
 //! [`Settings::early_copies`] switches on by being off: a block over the threshold isn't sent while the guest runs.
@@ -85,11 +87,13 @@ pub struct Settings {
     pub threshold_writes: Option<u8>,
     /// Send hot blocks before the stop where that makes a later delta smaller, as described above.
     pub early_copies: bool,
+    /// Where the address order begins; 0 unless several are moved at once.
+    pub first_block: u64,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { threshold_writes: Some(2), early_copies: true }
+        Self { threshold_writes: Some(2), early_copies: true, first_block: 0 }
     }
 }
 
@@ -184,6 +188,8 @@ pub struct Mover {
     sent: Bitmap,
     sent_in_pass: Bitmap,
     owed_first_time: u64,
+    /// Whether everything has been named once.
+    is_through: bool,
     statistics: Statistics,
 }
 
@@ -198,11 +204,12 @@ impl Mover {
             mode: Mode::Live,
             write_counts: vec![0; bytes],
             owed: std::array::from_fn(|_| Bitmap::new(block_count)),
-            cursors: [0; CLASSES],
+            cursors: [settings.first_block.min(block_count); CLASSES],
             named: Bitmap::new(block_count),
             sent: Bitmap::new(block_count),
             sent_in_pass: Bitmap::new(block_count),
             owed_first_time: 0,
+            is_through: false,
             statistics: Statistics::default(),
         }
     }
@@ -271,6 +278,7 @@ impl Mover {
     /// Ends a pass over the guest's memory: write counts decay, and every held-back block may go once more. A pass
     /// is what the source of dirty blocks makes of it; it should last 0.1 to 1 s for heat to mean anything.
     pub fn next_pass(&mut self) {
+        self.is_through = true;
         self.sent_in_pass.clear();
         for count in &mut self.write_counts {
             *count -= *count / 4;
@@ -377,7 +385,11 @@ impl Mover {
                     break;
                 };
                 from = block + 1;
-                self.cursors[heat as usize] = block + 1;
+                // Names come in address order too: what lies before the first block goes meanwhile, and doesn't lead
+                // astray.
+                if self.is_through || block >= self.settings.first_block {
+                    self.cursors[heat as usize] = block + 1;
+                }
                 self.send(block, heat, taken);
                 batch.push(BlockVersion { id: BlockId(block), hot: heat != Heat::Untouched });
             }
