@@ -54,6 +54,8 @@ pub(crate) struct Job {
     pub learned: Option<PathBuf>,
     /// Where memory is kept of a migration that broke (target only).
     pub partial: Option<Partial>,
+    /// Where pages are kept that guests have in common; `None` if this host keeps none.
+    pub shared: Option<SharedPlace>,
     /// The epoch that this migration tries to hand over.
     pub epoch: u64,
     /// What the migration will take (source only).
@@ -63,6 +65,12 @@ pub(crate) struct Job {
 }
 
 impl Job {
+    /// Where pages are kept that guests have in common, if this one may use them.
+    #[must_use]
+    pub(crate) fn shared_place(&self) -> Option<&SharedPlace> {
+        self.shared.as_ref().filter(|_| self.options.techniques().shared)
+    }
+
     /// A report that says how the migration ended, without figures.
     #[must_use]
     pub(crate) fn report(&self, outcome: Outcome) -> Report {
@@ -110,6 +118,18 @@ pub(crate) struct Partial {
     pub file: PathBuf,
     /// No larger memory is kept.
     pub limit_bytes: u64,
+}
+
+/// A place for what guests that move between the same two hosts have in common: at the target the pages, at the source
+/// the list of them.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(crate) struct SharedPlace {
+    /// The file.
+    pub file: PathBuf,
+    /// No more pages are kept, or listed.
+    pub limit_bytes: u64,
+    /// Counts the migrations of this host, so that each that is under way at once begins elsewhere (source only).
+    pub turn: u32,
 }
 
 /// Which end of a migration.
@@ -166,6 +186,7 @@ impl Options {
         godwit_content::Techniques {
             zero: is_used(Technique::Zero),
             reference: is_used(Technique::Reference),
+            shared: is_used(Technique::Shared),
             sub_block: is_used(Technique::SubBlock),
             delta: is_used(Technique::Delta),
             compress: is_used(Technique::Compress),
@@ -207,7 +228,9 @@ pub(crate) enum Technique {
     Zero,
     /// A page that the target has elsewhere is only named.
     Reference,
-    /// So is a block of 1 KiB.
+    /// So is a page that the target has of another guest.
+    Shared,
+    /// So is a block of 1 KiB that the target has elsewhere.
     SubBlock,
     /// Of a page that was sent before, only what changed is sent.
     Delta,
@@ -480,6 +503,9 @@ pub(crate) struct Techniques {
     pub zero_pages: u64,
     /// Pages that the target had elsewhere.
     pub reference_pages: u64,
+    /// Pages that the target had of another guest.
+    #[serde(default)]
+    pub shared_pages: u64,
     /// Pages of which at least one 1 KiB block was a reference.
     pub partial_reference_pages: u64,
     /// Pages sent as a delta.

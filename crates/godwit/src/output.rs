@@ -237,6 +237,7 @@ fn techniques(report: &Report) -> String {
     let rows = [
         ("zero", forms.zero_pages, None),
         ("seen before", forms.reference_pages, None),
+        ("of another guest", forms.shared_pages, None),
         ("partly seen", forms.partial_reference_pages, None),
         ("delta", forms.delta_pages, Some(forms.delta_bytes)),
         ("whole", forms.literal_pages, Some(forms.literal_bytes)),
@@ -326,6 +327,7 @@ mod tests {
             techniques: Techniques {
                 zero_pages: 60_000,
                 reference_pages: 4_000,
+                shared_pages: 300,
                 partial_reference_pages: 900,
                 delta_pages: 40_000,
                 delta_bytes: 9_000_000,

@@ -50,6 +50,10 @@ pub(crate) struct Config {
     /// The largest memory of which `--keep-partial` keeps a copy in the state directory; 0 keeps none.
     #[serde(default = "default_partial_limit")]
     pub partial_limit: ByteSize,
+    /// The most memory of pages that are kept for guests which come from one host, so that each page is sent once; 0
+    /// keeps none, and asks no other host to.
+    #[serde(default = "default_shared_pages")]
+    pub shared_pages: ByteSize,
     /// What a peer's machine may name on this host, and what that is here.
     #[serde(default)]
     pub accept: Policy,
@@ -163,6 +167,10 @@ fn default_emulator() -> PathBuf {
 
 fn default_partial_limit() -> ByteSize {
     ByteSize::from_bytes(16 << 30)
+}
+
+fn default_shared_pages() -> ByteSize {
+    ByteSize::from_bytes(256 << 20)
 }
 
 fn default_memory_reserve() -> ByteSize {

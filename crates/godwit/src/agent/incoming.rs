@@ -161,6 +161,7 @@ impl Agent {
         let (pid, monitor, qemu_version) = started?;
         job.pid = pid;
         job.spec = directory.spec()?;
+        job.shared = self.shared_place(peer.as_str(), Role::Target);
         // QEMU answers some hundred questions about its processor while the worker starts.
         let (receiving, processor) = tokio::join!(self.start_receiving(job, claim), processor(&monitor));
         receiving?;
@@ -274,6 +275,7 @@ impl Agent {
                 file: self.state.partial(&machine),
                 limit_bytes: self.config.partial_limit.bytes(),
             }),
+            shared: None,
             epoch: request.epoch,
             forecast: None,
             options: request.options.clone(),

@@ -103,6 +103,11 @@ impl Migrations {
         self.lock().len()
     }
 
+    /// The jobs of those that are under way.
+    pub(super) fn jobs(&self) -> Vec<Job> {
+        self.lock().values().map(|tracked| tracked.job.clone()).collect()
+    }
+
     /// How those stand that are under way.
     pub(super) fn under_way(&self) -> Vec<UnderWay> {
         let tracked = self.lock();

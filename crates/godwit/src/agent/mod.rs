@@ -16,6 +16,7 @@
 //! | [`metrics`] | what is counted and measured, for Prometheus |
 //! | [`check`] | whether a migration would be refused |
 //! | [`forecast`], [`sampling`], [`probe`], [`history`] | what a migration will take, and what earlier ones took |
+//! | [`sharing`] | what guests that move between two hosts have in common |
 //! | [`recovery`] | finishing or rolling back what a dead worker or host left |
 //! | [`migrations`], [`outgoing`], [`incoming`] | migrations: following them, and how each side begins one |
 
@@ -45,6 +46,7 @@ mod rate;
 mod reach;
 mod recovery;
 mod sampling;
+mod sharing;
 mod state;
 mod supervisor;
 mod taps;
@@ -53,7 +55,7 @@ mod workers;
 use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicU32},
     time::SystemTime,
 };
 
@@ -119,6 +121,7 @@ pub(crate) struct Agent {
     accelerator: OnceCell<Accel>,
     busy: Busy,
     migrations: Migrations,
+    migrations_begun: AtomicU32,
     metrics: Metrics,
     admission: Admission,
     history: History,
@@ -146,6 +149,7 @@ pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
         accelerator: OnceCell::new(),
         busy: Busy::default(),
         migrations: Migrations::default(),
+        migrations_begun: AtomicU32::new(0),
         metrics: Metrics::default(),
         admission: Admission::default(),
         history,
@@ -166,6 +170,7 @@ impl Agent {
         self.obey_orders().await;
         tokio::spawn(self.clone().keep_settling());
         tokio::spawn(self.clone().reap_machines());
+        tokio::spawn(self.clone().keep_shared_pages());
         let (kept, reload) = (self.clone(), signal(SignalKind::hangup())?);
         tokio::spawn(async move { kept.credentials.keep(reload).await });
         tokio::spawn(listener::serve(self.clone(), tcp));

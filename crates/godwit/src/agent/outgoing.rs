@@ -65,6 +65,7 @@ impl Agent {
             return Err(refusal.into());
         }
         job.forecast = self.foresee(&job, outlook).await;
+        job.shared = self.shared_place(&job.peer, Role::Source);
         let id = job.id.clone();
         if let Err(error) = self.begin(job, claim) {
             self.withdraw(&peer, &id).await;
@@ -101,6 +102,7 @@ impl Agent {
             identity_dir: self.config.identity_dir.clone(),
             partial: None,
             learned: Some(self.state.learned(&request.to)),
+            shared: None,
             epoch: epoch.0,
             forecast: None,
             options: request.options,

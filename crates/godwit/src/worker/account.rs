@@ -55,6 +55,7 @@ impl ReportDraft {
         self.report.techniques = Techniques {
             zero_pages: tally.zero_blocks,
             reference_pages: tally.reference_blocks,
+            shared_pages: tally.shared_blocks,
             partial_reference_pages: tally.partial_reference_blocks,
             delta_pages: tally.delta_blocks,
             delta_bytes: tally.delta_bytes,

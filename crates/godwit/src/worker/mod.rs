@@ -7,6 +7,7 @@
 mod account;
 mod journal;
 mod memory_map;
+mod shared_file;
 mod source;
 mod target;
 mod verify;

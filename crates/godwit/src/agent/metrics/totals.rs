@@ -153,6 +153,7 @@ impl Totals {
         for (technique, pages) in [
             ("zero", sent.zero_pages),
             ("reference", sent.reference_pages),
+            ("shared", sent.shared_pages),
             ("partial_reference", sent.partial_reference_pages),
             ("delta", sent.delta_pages),
             ("literal", sent.literal_pages),

@@ -18,6 +18,7 @@ mod pilot;
 mod pump;
 mod room;
 mod sender;
+mod sharing;
 mod stage;
 mod throttle;
 
@@ -28,7 +29,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use godwit_content::{Encoder, EncoderLimits, Held, LevelGovernor, open_bytes};
+use godwit_content::{BLOCK_BYTES, BlockId, Encoder, EncoderLimits, Held, LevelGovernor, open_bytes};
 use godwit_migration::{
     handover::{Epoch, RunState, Source, SourceSettings},
     wire::{self, Hello, Message, RamBlock, TransferOptions, Welcome},
@@ -39,7 +40,7 @@ use godwit_transport::{
     route::Route,
     session::{ConnectConfig, Lane, Limits, Session, Timeouts},
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, task::JoinSet};
 
 use self::{
     contents::{Contents, Direct, INLINE_PAGES_MAX, Inline, UNGATED_PAGES_MAX},
@@ -47,6 +48,7 @@ use self::{
     guest::Guest,
     pump::{Pace, PageNumbers, Pump},
     sender::{Account, Link, LinkClosed, Outbox, StreamCourier},
+    sharing::{Answers, Sharing},
     stage::SharedStage,
     throttle::Brake,
 };
@@ -112,7 +114,8 @@ async fn migrate(
         SourceSettings { leave_paused: job.options.leave_paused, ..SourceSettings::new(&job.peer) };
     let handover = Source::new(Epoch(job.epoch), settings);
 
-    let threads = start_threads(job, &guest, &map, (memory, held), &session).await;
+    let known = Known { held, sharing: Sharing::open(job, welcome.shared_pages.as_deref()) };
+    let threads = start_threads(job, &guest, &map, memory, known, &session).await;
     let threads = match threads {
         Ok(threads) => threads,
         Err(error) => {
@@ -216,25 +219,32 @@ async fn receive_held(session: &Session, pages: u64, pages_max: u64) -> Result<H
     if digests.len() as u64 == pages { Ok(Held::new(digests)) } else { Err(WorkerError::Held) }
 }
 
+/// What the target has before anything is sent.
+struct Known {
+    /// Of this guest.
+    held: Held,
+    /// Of all guests from this host, if both hosts share pages.
+    sharing: Option<(Sharing, Answers)>,
+}
+
 /// Opens QEMU's stream and starts the pump and the sender.
 async fn start_threads(
     job: &Job,
     guest: &Guest,
     map: &MemoryMap,
-    (memory, held): (Option<ProcessMemory>, Held),
+    memory: Option<ProcessMemory>,
+    known: Known,
     session: &Session,
 ) -> Result<Threads, WorkerError> {
     let verify = match job.options.verify {
         Verify::Full => Some(ProcessMemory::open(job.pid.unsigned_abs(), &map.ranges()?)?),
         Verify::Digest => None,
     };
-    let is_emulated = !guest.monitor.query_kvm().await?;
-    let (contents, embargo): (Box<dyn Contents>, _) = match memory {
-        Some(memory) if is_emulated => (Box::new(Direct::new(memory)), TCG_EMBARGO),
-        Some(memory) => (Box::new(Direct::new(memory)), Duration::ZERO),
-        None => (Box::new(Inline::new(inline_pages_max(guest))), Duration::ZERO),
-    };
-    let stage = Arc::new(SharedStage::new(map.page_count(), contents, embargo));
+    let pages = map.page_count();
+    let turn = job.shared.as_ref().filter(|_| known.sharing.is_some()).map_or(0, |place| place.turn);
+    let first_page = BlockId(sharing::first_page(turn, pages));
+    let (contents, embargo) = contents_of(guest, memory).await?;
+    let stage = Arc::new(SharedStage::new(pages, first_page, contents, embargo));
     let stream = guest.open_stream().await?;
     let return_path = stream.try_clone().map_err(WorkerError::ReturnPath)?;
 
@@ -244,25 +254,50 @@ async fn start_threads(
     let compressors = thread::available_parallelism().map_or(1, usize::from).min(4);
     let outbox = Outbox::start(SessionLink(session.clone()), wire::BATCH, compressors, account.clone());
     let pace = Arc::new(Pace::default());
-    let pages = PageNumbers::new(map.first_pages());
-    let courier = StreamCourier::new(outbox.clone());
-    let pump =
-        Pump { stream, pages, stage: stage.clone(), pace: pace.clone(), courier, heat_since: Instant::now() };
+    let pump = Pump {
+        stream,
+        pages: PageNumbers::new(map.first_pages()),
+        stage: stage.clone(),
+        pace: pace.clone(),
+        courier: StreamCourier::new(outbox.clone()),
+        heat_since: Instant::now(),
+    };
     let (tell, events) = mpsc::channel(THREAD_EVENTS);
     let told = tell.clone();
     start_thread("pump", move || pump.run(|event| drop(told.blocking_send(Happened::Pump(event)))));
 
-    let limit = job.options.base_limit_bytes.unwrap_or(map.page_count() * 4096 / 4);
-    let limits = EncoderLimits { base_bytes: usize::try_from(limit).unwrap_or(usize::MAX), level };
+    let mut encoder = encoder(job, pages, level, known.held);
+    let (mut sharing, answers) = known.sharing.unzip();
+    let mut hearing = JoinSet::new();
+    answers.map(|answers| hearing.spawn(answers.hear(session.clone())));
     let (sending, sent_through) = (stage.clone(), outbox.clone());
+    start_thread("draft", move || {
+        let sent = sender::send_all(&sending, &mut encoder, sharing.as_mut(), &sent_through);
+        drop(tell.blocking_send(Happened::Sent(sent)));
+    });
+    Ok(Threads { stage, pace, outbox, account, return_path, events, _hearing: hearing, verify })
+}
+
+/// Where the contents of pages come from, and how long a page is left alone after it was named.
+async fn contents_of(
+    guest: &Guest,
+    memory: Option<ProcessMemory>,
+) -> Result<(Box<dyn Contents>, Duration), WorkerError> {
+    let is_emulated = !guest.monitor.query_kvm().await?;
+    Ok(match memory {
+        Some(memory) if is_emulated => (Box::new(Direct::new(memory)), TCG_EMBARGO),
+        Some(memory) => (Box::new(Direct::new(memory)), Duration::ZERO),
+        None => (Box::new(Inline::new(inline_pages_max(guest))), Duration::ZERO),
+    })
+}
+
+fn encoder(job: &Job, pages: u64, level: i32, held: Held) -> Encoder {
+    let limit = job.options.base_limit_bytes.unwrap_or(pages * BLOCK_BYTES as u64 / 4);
+    let limits = EncoderLimits { base_bytes: usize::try_from(limit).unwrap_or(usize::MAX), level };
     let mut encoder = Encoder::new(limits);
     encoder.set_techniques(job.options.techniques());
     encoder.assume_held(held);
-    start_thread("draft", move || {
-        let sent = sender::send_all(&sending, &mut encoder, &sent_through);
-        drop(tell.blocking_send(Happened::Sent(sent)));
-    });
-    Ok(Threads { stage, pace, outbox, account, return_path, events, verify })
+    encoder
 }
 
 /// What the inline stage may hold: where QEMU stops the guest by itself, all of it is part of the pause.

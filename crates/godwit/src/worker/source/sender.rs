@@ -23,6 +23,7 @@ use xxhash_rust::xxh3::Xxh3Default;
 
 use super::{
     room::{PARCELS_MAX, Room},
+    sharing::Sharing,
     stage::{Batch, SharedStage, StageError},
 };
 use crate::worker::{STREAM_PIECE_BYTES_MAX, start_thread};
@@ -263,6 +264,7 @@ pub(super) struct Sent {
 pub(super) fn send_all(
     stage: &SharedStage,
     encoder: &mut Encoder,
+    mut sharing: Option<&mut Sharing>,
     outbox: &Outbox,
 ) -> Result<Sent, SendError> {
     let mut batches = 0;
@@ -273,7 +275,14 @@ pub(super) fn send_all(
             let (blocks, contents) = crate::sabotage::all_but_one(batch.blocks, batch.contents);
             Batch { blocks, contents, ..batch }
         };
-        outbox.put_draft(encoder.draft(&batch.blocks, batch.contents), batch.taken)?;
+        if let Some(sharing) = &mut sharing {
+            sharing.learn(encoder.shared());
+        }
+        let draft = encoder.draft(&batch.blocks, batch.contents);
+        if let Some(sharing) = &sharing {
+            sharing.ask(&draft);
+        }
+        outbox.put_draft(draft, batch.taken)?;
         batches += 1;
     }
     Ok(Sent { chain: encoder.chain(), batches })

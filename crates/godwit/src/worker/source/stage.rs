@@ -68,9 +68,9 @@ pub(super) struct Stage {
 }
 
 impl Stage {
-    fn new(pages: u64, contents: Box<dyn Contents>, embargo: Duration) -> Self {
+    fn new(pages: u64, first: BlockId, contents: Box<dyn Contents>, embargo: Duration) -> Self {
         Self {
-            mover: Mover::new(pages, Settings::default()),
+            mover: Mover::new(pages, Settings { first_block: first.0, ..Settings::default() }),
             contents,
             embargo: Embargo::new(embargo, pages),
             zeros: Marks::new(pages),
@@ -257,9 +257,10 @@ pub(super) struct SharedStage {
 }
 
 impl SharedStage {
-    /// A stage that owes nothing; `embargo` is how long a page is left alone after it was named.
-    pub(super) fn new(pages: u64, contents: Box<dyn Contents>, embargo: Duration) -> Self {
-        let stage = Stage::new(pages, contents, embargo);
+    /// A stage that owes nothing; its order begins at `first`, and `embargo` is how long a page is left alone after it
+    /// was named.
+    pub(super) fn new(pages: u64, first: BlockId, contents: Box<dyn Contents>, embargo: Duration) -> Self {
+        let stage = Stage::new(pages, first, contents, embargo);
         Self { stage: Mutex::new(stage), changed: Condvar::new() }
     }
 
@@ -310,7 +311,7 @@ mod tests {
 
     #[test]
     fn inline_sends_the_newest_version_once() {
-        let mut stage = Stage::new(1 << 17, Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
+        let mut stage = Stage::new(1 << 17, BlockId(0), Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
         let now = Instant::now();
         name(&mut stage, 7, 1, now);
         name(&mut stage, 7, 2, now + EMBARGO_GRAIN * 2);
@@ -349,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_full_inline_stage_gives_even_what_is_held_back() {
-        let mut stage = Stage::new(1 << 17, Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
+        let mut stage = Stage::new(1 << 17, BlockId(0), Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
         let now = Instant::now();
         for fill in 0..8 {
             name(&mut stage, 1, fill, now);

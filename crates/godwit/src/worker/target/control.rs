@@ -7,7 +7,7 @@ use std::{
 
 use godwit_migration::{
     handover::{self, Action, Outcome, RecordState, Sync, Target, TargetEvent},
-    wire::{self, Message, Token, TransferOptions},
+    wire::{self, Message, Refuse, Token, TransferOptions},
 };
 use godwit_qemu::{
     qmp::{Client, Event, QmpError},
@@ -105,6 +105,8 @@ pub(super) struct Control<'a> {
     qemu_events: broadcast::Receiver<Event>,
     token: Option<Token>,
     session_over: bool,
+    /// Why this side ended the migration before a hand-over was offered.
+    gave_up: Option<String>,
     outcome: Option<Outcome>,
     deadline: Instant,
 }
@@ -126,6 +128,7 @@ impl<'a> Control<'a> {
             draft,
             token: None,
             session_over: false,
+            gave_up: None,
             outcome: None,
             deadline: Instant::now() + job.options.reconnect_timeout() + PATIENCE,
         }
@@ -139,7 +142,7 @@ impl<'a> Control<'a> {
             self.carry_out(actions).await?;
         }
         if self.parts.handover.is_idle() {
-            self.draft.taken_back(job::Outcome::Failed, "the source ended the migration".into());
+            self.say_why().await;
             self.keep_partial().await;
             end_qemu(&self.parts.monitor, self.job.pid).await?;
         }
@@ -196,6 +199,8 @@ impl<'a> Control<'a> {
                 self.draft.report.pages_verified = Some(pages);
                 vec![]
             }
+            // The source hears of it, and nobody else.
+            Happened::Arrived(Arrived::Kept(_)) => vec![],
             Happened::Verified => self.parts.handover.apply(TargetEvent::Verified),
             Happened::IntakeFailed(error) => self.intake_failed(one_line(&error)),
             Happened::ReturnPath(message) => {
@@ -230,8 +235,9 @@ impl<'a> Control<'a> {
     /// Gives up, if that is still possible; before a hand-over was offered there is nothing but the session to end.
     fn abort(&mut self, reason: String) -> Vec<Action> {
         if self.parts.handover.is_idle() {
-            self.journal.warn(reason);
+            self.journal.warn(reason.clone());
             self.session_over = true;
+            self.gave_up.get_or_insert(reason);
             return vec![];
         }
         self.parts.handover.apply(TargetEvent::Abort { reason })
@@ -245,11 +251,10 @@ impl<'a> Control<'a> {
     }
 
     fn intake_failed(&mut self, reason: String) -> Vec<Action> {
-        let failed = match self.token {
-            Some(_) => TargetEvent::VerifyFailed { reason },
-            None => TargetEvent::Abort { reason },
-        };
-        self.parts.handover.apply(failed)
+        match self.token {
+            Some(_) => self.parts.handover.apply(TargetEvent::VerifyFailed { reason }),
+            None => self.abort(reason),
+        }
     }
 
     fn qemu_says(&mut self, event: &Event) -> Vec<Action> {
@@ -365,6 +370,18 @@ impl Control<'_> {
             }
         }
         Ok(())
+    }
+
+    /// Before a hand-over was offered: what ended the migration, to the source too if it was this side.
+    async fn say_why(&mut self) {
+        let Some(reason) = self.gave_up.clone() else {
+            return self.draft.taken_back(job::Outcome::Failed, "the source ended the migration".into());
+        };
+        self.draft.taken_back(job::Outcome::Failed, reason.clone());
+        if let Ok((kind, body)) = wire::encode(&Message::Refuse(Refuse { reason })) {
+            // A link that is lost tells the source as much.
+            let _ = self.parts.session.send(Lane::Urgent, kind, body).await;
+        }
     }
 
     async fn send(&self, message: handover::Message) -> Result<(), WorkerError> {

@@ -8,10 +8,11 @@ use std::{io::Write, os::unix::net::UnixStream, sync::Arc};
 use godwit_content::{
     BlockId, DecodeError, Decoder, DecoderLimits, Memory, MemoryError, OpenError, open_bytes,
 };
-use godwit_migration::wire::{self, Digest, Token};
+use godwit_migration::wire::{self, Digest, Kept, Token};
 use godwit_qemu::memory::{PageIndex, ProcessMemory, ProcessMemoryError};
 use xxhash_rust::xxh3::Xxh3Default;
 
+use super::slots::Slots;
 use crate::worker::{
     STREAM_PIECE_BYTES_MAX,
     verify::{self, VerifyError},
@@ -26,6 +27,9 @@ pub(super) enum IntakeError {
     /// A batch is damaged, or isn't what the source had.
     #[error("a batch of memory can't be decoded")]
     Batch(#[from] DecodeError),
+    /// Pages of other guests are damaged, or were never here.
+    #[error("the pages that guests share on this host are damaged and given up; the next migration does without")]
+    Shared(#[source] DecodeError),
     /// A piece of QEMU's stream is damaged.
     #[error("a piece of QEMU's stream can't be opened")]
     Piece(#[from] OpenError),
@@ -57,6 +61,8 @@ pub(super) enum IntakeError {
 pub(super) enum Arrived {
     /// The token came, and with it, by the session's order, everything that was sent before it.
     Token(Token),
+    /// Blocks of a batch that other guests may use too have got their slots; the source is to hear of it.
+    Kept(Kept),
     /// Both memories were read again and compared.
     Verified {
         /// Pages that were equal: all.
@@ -68,6 +74,7 @@ pub(super) enum Arrived {
 pub(super) struct Intake {
     decoder: Decoder,
     memory: GuestMemory,
+    slots: Option<Slots>,
     qemu: UnixStream,
     batches: u64,
     stream_bytes: u64,
@@ -76,11 +83,13 @@ pub(super) struct Intake {
 }
 
 impl Intake {
-    /// An intake into the guest behind `memory`, whose QEMU reads its stream from `qemu`.
-    pub(super) fn new(memory: Arc<ProcessMemory>, qemu: UnixStream) -> Self {
+    /// An intake into the guest behind `memory`, whose QEMU reads its stream from `qemu`; `slots` has pages of other
+    /// guests.
+    pub(super) fn new(memory: Arc<ProcessMemory>, qemu: UnixStream, slots: Option<Slots>) -> Self {
         Self {
             decoder: Decoder::new(DecoderLimits { block_count: memory.pages() }),
             memory: GuestMemory(memory),
+            slots,
             qemu,
             batches: 0,
             stream_bytes: 0,
@@ -92,10 +101,7 @@ impl Intake {
     /// Takes the next frame.
     pub(super) fn take(&mut self, frame_kind: u8, payload: &[u8]) -> Result<Option<Arrived>, IntakeError> {
         match frame_kind {
-            wire::BATCH => {
-                self.decoder.decode(payload, &mut self.memory)?;
-                self.batches += 1;
-            }
+            wire::BATCH => return self.take_batch(payload),
             wire::STREAM => {
                 let piece = self.open(payload)?;
                 self.qemu.write_all(&piece).map_err(IntakeError::Qemu)?;
@@ -117,6 +123,23 @@ impl Intake {
             },
         }
         Ok(None)
+    }
+
+    fn take_batch(&mut self, payload: &[u8]) -> Result<Option<Arrived>, IntakeError> {
+        let Some(slots) = &mut self.slots else {
+            self.decoder.decode(payload, &mut self.memory)?;
+            self.batches += 1;
+            return Ok(None);
+        };
+        let decoded = self.decoder.decode_sharing(payload, &mut self.memory, slots).map_err(|error| {
+            if !matches!(error, DecodeError::Shared(_) | DecodeError::SharedDiffers { .. }) {
+                return IntakeError::Batch(error);
+            }
+            slots.give_up();
+            IntakeError::Shared(error)
+        })?;
+        self.batches += 1;
+        Ok((!decoded.kept.is_empty()).then(|| Arrived::Kept(slots.keep(&decoded.kept))))
     }
 
     /// Gives QEMU the device state; it loads it and is then ready to run.

@@ -12,6 +12,7 @@ mod door;
 mod intake;
 mod partial;
 mod proof;
+mod slots;
 
 pub(crate) use self::proof::ProofError;
 
@@ -40,6 +41,7 @@ use self::{
     control::{Control, Happened, Order},
     intake::{Arrived, Intake, IntakeError},
     proof::prove_addresses,
+    slots::Slots,
 };
 use super::{
     MONITOR_TIMEOUT, STREAM_PIECE_BYTES_MAX, WorkerError, account::ReportDraft, journal::Journal,
@@ -99,8 +101,15 @@ async fn receive(
     let held = restore_partial(job, &map, &memory, journal).await;
     journal.say(Happening::Ready);
 
+    let slots = Slots::open(job);
+    let welcome = Welcome {
+        version: wire::VERSION_MAX,
+        qemu_version: monitor.query_version().await?.to_string(),
+        held_pages: held.len() as u64,
+        shared_pages: slots.as_ref().and_then(Slots::name),
+    };
     let (session, hello) = tokio::select! {
-        met = meet(job, streams, &monitor, &map, held.len() as u64) => met?,
+        met = meet(job, streams, &map, welcome) => met?,
         // It won't come; nobody need wait for it.
         () = cancelled(&mut commands) => return Err(WorkerError::Withdrawn),
     };
@@ -110,7 +119,7 @@ async fn receive(
     let (tell, events) = mpsc::channel(THREAD_EVENTS);
     let orders = start_intake(
         &session,
-        Intake::new(memory.clone(), stream.try_clone().map_err(WorkerError::ReturnPath)?),
+        Intake::new(memory.clone(), stream.try_clone().map_err(WorkerError::ReturnPath)?, slots),
         &tell,
     );
     listen_to_qemu(stream, tell.clone());
@@ -196,12 +205,11 @@ async fn open_stream(monitor: &qmp::Client, path: &Path) -> Result<UnixStream, W
 async fn meet(
     job: &Job,
     streams: mpsc::Receiver<tokio::net::TcpStream>,
-    monitor: &qmp::Client,
     map: &MemoryMap,
-    held_pages: u64,
+    welcome: Welcome,
 ) -> Result<(Session, Hello), WorkerError> {
     let session = accept(job, streams).await?;
-    let hello = greet(&session, job, monitor, map, held_pages).await?;
+    let hello = greet(&session, job, map, welcome).await?;
     Ok((session, hello))
 }
 
@@ -235,9 +243,8 @@ async fn accept(job: &Job, streams: mpsc::Receiver<tokio::net::TcpStream>) -> Re
 async fn greet(
     session: &Session,
     job: &Job,
-    monitor: &qmp::Client,
     map: &MemoryMap,
-    held_pages: u64,
+    welcome: Welcome,
 ) -> Result<Hello, WorkerError> {
     let message = tokio::time::timeout(HELLO_TIMEOUT, session.recv(Lane::Urgent)).await;
     let message = message.map_err(|_| WorkerError::NoWelcome)??.ok_or(WorkerError::NoWelcome)?;
@@ -245,10 +252,7 @@ async fn greet(
         return Err(WorkerError::NoWelcome);
     };
     let answer = match judge(&hello, job, map) {
-        Ok(version) => {
-            let qemu_version = monitor.query_version().await?.to_string();
-            Message::Welcome(Welcome { version, qemu_version, held_pages })
-        }
+        Ok(version) => Message::Welcome(Welcome { version, ..welcome }),
         Err(reason) => Message::Refuse(Refuse { reason }),
     };
     let (kind, body) = wire::encode(&answer)?;
@@ -313,6 +317,12 @@ fn take_all(
     // The end of the session is told by its urgent lane.
     while let Ok(Some(message)) = session.blocking_recv(Lane::Bulk) {
         let arrived = intake.take(message.kind, &message.payload)?;
+        if let Some(Arrived::Kept(kept)) = &arrived {
+            // So is that of a session that takes no answer any more.
+            let body = kept.to_bytes().to_vec();
+            drop(session.blocking_send(Lane::Bulk, wire::KEPT, body.into()));
+            continue;
+        }
         let is_token = matches!(arrived, Some(Arrived::Token(_)));
         if let Some(arrived) = arrived {
             drop(tell.blocking_send(Happened::Arrived(arrived)));

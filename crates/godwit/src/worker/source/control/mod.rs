@@ -20,6 +20,7 @@ use godwit_transport::session::{Lane, Session, SessionError, Stats};
 use serde::Deserialize;
 use tokio::{
     sync::{broadcast, mpsc},
+    task::JoinSet,
     time::{Instant, MissedTickBehavior, interval},
 };
 
@@ -57,6 +58,8 @@ pub(super) struct Threads {
     /// QEMU's stream, the way back.
     pub(super) return_path: UnixStream,
     pub(super) events: mpsc::Receiver<Happened>,
+    /// Listens to what the target says of pages that guests share; ends with this.
+    pub(super) _hearing: JoinSet<()>,
     /// The guest's memory once more, where it is to be verified.
     pub(super) verify: Option<ProcessMemory>,
 }
@@ -264,6 +267,7 @@ impl<'a> Control<'a> {
             Happened::Peer(Ok(Message::Handover(message))) => {
                 self.handover.apply(SourceEvent::PeerSays(message))
             }
+            Happened::Peer(Ok(Message::Refuse(refuse))) => self.abort(refuse.reason),
             Happened::Peer(Ok(_)) => self.abort("the target sent a message that has no place here".into()),
             Happened::Peer(Err(error)) => self.abort(one_line(&error)),
             Happened::SessionOver(error) => self.link_lost(error),
