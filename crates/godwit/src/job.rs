@@ -503,7 +503,7 @@ pub(crate) struct Techniques {
     pub zero_pages: u64,
     /// Pages that the target had elsewhere.
     pub reference_pages: u64,
-    /// Pages that the target had of another guest.
+    /// Pages that the target had among those that guests share.
     #[serde(default)]
     pub shared_pages: u64,
     /// Pages of which at least one 1 KiB block was a reference.

@@ -18,11 +18,13 @@ use tokio::task::JoinHandle;
 use super::{Agent, history, peers::PeerAgent, probe::Measured, sampling::Sampling, state};
 use crate::{
     api::{History, HistoryEntry},
-    job::{Forecast, Job, Outcome, Report, Role},
+    job::{Forecast, Job, Options, Outcome, Report, Role, Technique},
     output::one_line,
     worker::{GATE, MemoryMap},
 };
 
+/// One page of so many may be shared before a forecast couldn't have known; a guest shares some with itself.
+const SHARED_PART_MAX: u64 = 50;
 /// What a migration measured of the link is believed for so long; a probe sees much less of it.
 const MEASURED_LATELY: Duration = Duration::from_secs(15 * 60);
 
@@ -59,8 +61,7 @@ impl Agent {
 
     /// What the migration will take, if the guest's memory could be looked at and the link is known.
     pub(super) async fn foresee(&self, job: &Job, outlook: Outlook) -> Option<Forecast> {
-        if !job.options.without.is_empty() {
-            // The model and the history are of migrations that use everything.
+        if !is_foreseeable(&job.options) {
             return None;
         }
         let began = Instant::now();
@@ -86,10 +87,14 @@ impl Agent {
 
     /// Keeps what became of a migration that this host sent, for the next forecast.
     pub(super) fn remember(&self, job: &Job, report: &Report, rate_bytes_per_second: u64) {
-        let is_telling = job.options.without.is_empty();
+        let is_telling = is_foreseeable(&job.options);
         if (job.role, report.outcome) != (Role::Source, Outcome::Completed) || !is_telling {
             return;
         }
+        // What other guests spared it wasn't foreseen, and teaches nothing about what will be.
+        let sent = &report.techniques;
+        let was_alone = sent.shared_pages <= sent.literal_pages / SHARED_PART_MAX;
+        let forecast = report.forecast.clone().filter(|_| was_alone);
         // The last that was measured may be of a guest with little to send; on average it carried at least this.
         let average = report.wire_bytes.saturating_mul(1_000).checked_div(report.total_ms);
         let carried = average.map(|average| average.max(rate_bytes_per_second)).filter(|rate| *rate > 0);
@@ -98,7 +103,7 @@ impl Agent {
             machine: job.spec.name.clone(),
             peer: job.peer.clone(),
             ended_unix_s: now_unix_s(),
-            forecast: report.forecast.clone(),
+            forecast,
             total_ms: report.total_ms,
             wire_bytes: report.wire_bytes,
             downtime_ms: report.downtime_source_ms.or(report.downtime_ms),
@@ -117,6 +122,11 @@ impl Agent {
         entries.reverse();
         History { entries, score }
     }
+}
+
+/// The model and the history are of migrations that use everything within one guest.
+fn is_foreseeable(options: &Options) -> bool {
+    options.without.iter().all(|technique| *technique == Technique::Shared)
 }
 
 /// Begins to look at the guest's memory, where that can be done.

@@ -153,6 +153,7 @@ fn technique(techniques: Techniques) -> &'static str {
         Techniques::ALL => "all together",
         Techniques { zero: true, .. } => "zero pages",
         Techniques { reference: true, .. } => "pages seen before",
+        Techniques { shared: true, .. } => "pages of another guest",
         Techniques { sub_block: true, .. } => "1 KiB blocks seen before",
         Techniques { delta: true, .. } => "deltas",
         Techniques { compress: true, .. } => "zstd",

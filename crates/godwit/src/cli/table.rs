@@ -138,8 +138,16 @@ impl Board {
         if rows.is_empty() {
             return String::new();
         }
-        let header =
-            ["MACHINE", "ZERO", "SEEN BEFORE", "PARTLY SEEN", "DELTA", "WHOLE", "SENT FOR ALL PAGES"];
+        let header = [
+            "MACHINE",
+            "ZERO",
+            "SEEN BEFORE",
+            "OF ANOTHER",
+            "PARTLY SEEN",
+            "DELTA",
+            "WHOLE",
+            "SENT FOR ALL PAGES",
+        ];
         output::table(header, &rows)
     }
 }
@@ -302,13 +310,14 @@ fn settled_percent(migration: &Migration) -> Option<u64> {
     progress.pages_settled.min(progress.pages_total).saturating_mul(100).checked_div(progress.pages_total)
 }
 
-fn technique_cells(report: &Report) -> [String; 7] {
+fn technique_cells(report: &Report) -> [String; 8] {
     let forms = &report.techniques;
     let with_bytes = |pages, bytes| format!("{} ({})", count(pages), size(bytes));
     [
         report.machine.clone(),
         count(forms.zero_pages),
         count(forms.reference_pages),
+        count(forms.shared_pages),
         count(forms.partial_reference_pages),
         with_bytes(forms.delta_pages, forms.delta_bytes),
         with_bytes(forms.literal_pages, forms.literal_bytes),

@@ -21,10 +21,14 @@ use std::{
     time::SystemTime,
 };
 
+use nix::sys::statvfs::fstatvfs;
+
 /// What the file begins with.
 const MAGIC: [u8; 8] = *b"godwit/p";
 /// Records begin here.
 const HEADER_BYTES: u64 = 4096;
+/// Nothing is added while the file system has less room than this: tokens and logs lie there too.
+const FREE_BYTES_MIN: u64 = 256 << 20;
 /// How often a file that isn't the wanted one is replaced; another worker may replace it at the same time.
 const TRIES_MAX: usize = 4;
 
@@ -91,7 +95,7 @@ impl SharedFile {
     pub(super) fn append(&mut self, records: &[u8]) -> io::Result<Option<u64>> {
         let Shape { record_bytes, records_max } = self.shape;
         let added = records.len() as u64 / record_bytes;
-        if self.count()? + added > records_max {
+        if self.count()? + added > records_max || self.free_bytes()? < FREE_BYTES_MIN {
             return Ok(None);
         }
         // Another write may have come in between: where this one went is known only afterwards.
@@ -121,6 +125,11 @@ impl SharedFile {
     /// What the file system says.
     pub(super) fn count(&self) -> io::Result<u64> {
         Ok(self.file.metadata()?.len().saturating_sub(HEADER_BYTES) / self.shape.record_bytes)
+    }
+
+    fn free_bytes(&self) -> io::Result<u64> {
+        let room = fstatvfs(&self.file)?;
+        Ok(room.blocks_available() * room.fragment_size())
     }
 
     /// Leaves nothing at its path, so that whoever comes next begins with an empty one.

@@ -52,7 +52,7 @@ impl ByHand {
             hosts.lab.make_guest_tap(host, OWN_TAP).unwrap();
         }
         let qemu = hosts.lab.spawn(Place::A, "own", &mut command(hosts, plan, start), true).unwrap();
-        let guest = Guest::met(hosts, plan);
+        let guest = Guest::met(hosts, plan, FIRST_GUEST_ADDRESS);
         let monitor = hosts.a.path("own.sock").display().to_string();
         hosts.a.godwit(&["vm", "adopt", "--qmp", &monitor]).succeeds();
         Self { _qemu: qemu, guest }
@@ -66,7 +66,7 @@ fn command(hosts: &Hosts, plan: Plan, start: &Start) -> Command {
     command.arg("-machine").arg(format!("{}{}", plan.machine, start.machine));
     command.arg("-accel").arg(format!("{}{}", accelerator(), start.accel));
     command.arg("-m").arg(format!("{}M{}", plan.memory_mb, start.memory));
-    command.args(["-smp", &plan.vcpus.to_string(), "-append", &plan.kernel_command_line()]);
+    command.args(["-smp", &plan.vcpus.to_string(), "-append", &plan.kernel_command_line(FIRST_GUEST_ADDRESS)]);
     command.arg("-kernel").arg(&hosts.image.kernel).arg("-initrd").arg(&hosts.image.initrd);
     command.args(["-netdev", &format!("tap,id=n,ifname={OWN_TAP},script=no,downscript=no")]);
     command.args(["-device", "virtio-net-pci,netdev=n"]);

@@ -1,6 +1,6 @@
 //! A guest that works and gives account of it, and its migrations.
 
-use std::{fs, process::Command, time::Duration};
+use std::{fs, net::Ipv4Addr, process::Command, time::Duration};
 
 use godwit_sim::{
     guest_image::{GuestImage, accelerator},
@@ -36,16 +36,16 @@ impl Plan {
     pub(crate) const PATTERN: Plan = Plan { workload: "pattern", ..Plan::IDLE };
 
     /// What the guest's kernel is told.
-    pub(crate) fn kernel_command_line(self) -> String {
-        let line = GuestImage::command_line(self.workload, FIRST_GUEST_ADDRESS, None);
+    pub(crate) fn kernel_command_line(self, address: Ipv4Addr) -> String {
+        let line = GuestImage::command_line(self.workload, address, None);
         let command = Some(self.command).filter(|command| !command.is_empty());
         line + &command.map(GuestImage::command_word).unwrap_or_default()
     }
 
     /// The machine's specification, its disk made.
-    fn specification(self, hosts: &Hosts) -> String {
+    fn specification(self, hosts: &Hosts, name: &str, address: Ipv4Addr) -> String {
         let (kernel, initrd) = (hosts.image.kernel.display(), hosts.image.initrd.display());
-        let (append, accel) = (self.kernel_command_line(), accelerator());
+        let (append, accel) = (self.kernel_command_line(address), accelerator());
         let Self { machine, memory_mb, all_devices, vcpus, .. } = self;
         let mut devices = format!("[[net]]\nbridge = \"{GUEST_BRIDGE}\"\n");
         if all_devices {
@@ -60,7 +60,7 @@ impl Plan {
                 .push_str(&format!("[[disk]]\npath = {disk:?}\nformat = \"qcow2\"\ncache = \"writeback\"\n"));
         }
         format!(
-            "name = \"{MACHINE}\"\nmachine = \"{machine}\"\naccel = \"{accel}\"\nvcpus = {vcpus}\n\
+            "name = \"{name}\"\nmachine = \"{machine}\"\naccel = \"{accel}\"\nvcpus = {vcpus}\n\
              memory = \"{memory_mb}M\"\nrng = {all_devices}\nballoon = {all_devices}\n\n\
              [boot]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\nappend = \"{append}\"\n\n{devices}"
         )
@@ -76,16 +76,21 @@ pub(crate) struct Guest {
 impl Guest {
     /// Boots it at host a.
     pub(crate) fn boot(hosts: &Hosts, plan: Plan) -> Self {
-        let file = hosts.a.path("web1.toml");
-        fs::write(&file, plan.specification(hosts)).unwrap();
+        Self::boot_as(hosts, plan, MACHINE, FIRST_GUEST_ADDRESS)
+    }
+
+    /// The same, one of several.
+    pub(crate) fn boot_as(hosts: &Hosts, plan: Plan, name: &str, address: Ipv4Addr) -> Self {
+        let file = hosts.a.path(&format!("{name}.toml"));
+        fs::write(&file, plan.specification(hosts, name, address)).unwrap();
         hosts.a.godwit(&["vm", "run", &file.display().to_string()]).succeeds();
-        Self::met(hosts, plan)
+        Self::met(hosts, plan, address)
     }
 
     /// A guest that is booting at host a.
-    pub(crate) fn met(hosts: &Hosts, plan: Plan) -> Self {
+    pub(crate) fn met(hosts: &Hosts, plan: Plan, address: Ipv4Addr) -> Self {
         let clients = hosts.lab.namespace(Place::Lan);
-        let progress = Progress::connect(&clients, FIRST_GUEST_ADDRESS, BOOT_LIMIT).unwrap();
+        let progress = Progress::connect(&clients, address, BOOT_LIMIT).unwrap();
         let guest = Self { plan, progress };
         guest.goes_on();
         guest
@@ -125,7 +130,12 @@ pub(crate) struct Migration<'a> {
 
 impl<'a> Migration<'a> {
     pub(crate) fn begin(from: &'a Host, to: &Host, options: &[&str]) -> Self {
-        let begin = ["migrate", MACHINE, "--detach", "--to", to.name()];
+        Self::begin_with(MACHINE, from, to, options)
+    }
+
+    /// The same of one of several machines.
+    pub(crate) fn begin_with(machine: &str, from: &'a Host, to: &Host, options: &[&str]) -> Self {
+        let begin = ["migrate", machine, "--detach", "--to", to.name()];
         let answer = from.godwit(&[&begin, options].concat()).succeeds();
         Self { id: answer["id"].as_str().unwrap().to_owned(), from }
     }

@@ -11,6 +11,7 @@
 //! | [`refusals`] | targets that aren't like the source |
 //! | [`older`] | QEMU 7.2, which stops guests by itself |
 //! | [`failures`] | a worker that dies |
+//! | [`sharing`] | several guests that have pages in common |
 //! | [`foresight`] | what a migration will take, said before it begins |
 //!
 //! What judges shares no code with the product: the guest's own account of its working set, read over a TCP connection
@@ -30,5 +31,6 @@ mod moves;
 mod older;
 mod options;
 mod refusals;
+mod sharing;
 mod stalling;
 mod states;

@@ -141,7 +141,8 @@ impl Answers {
 
     fn has_more_after(&mut self, message: &Message) -> bool {
         let asked = self.asked.lock().batches.pop_front().unwrap_or_default();
-        let kept = Some(message).filter(|it| it.kind == wire::KEPT).and_then(|it| Kept::from_bytes(&it.payload));
+        let kept =
+            Some(message).filter(|it| it.kind == wire::KEPT).and_then(|it| Kept::from_bytes(&it.payload));
         match kept {
             Some(Kept { first_slot, blocks }) if blocks as usize == asked.len() && blocks > 0 => {
                 self.publish(first_slot, &asked)
@@ -157,7 +158,8 @@ impl Answers {
     /// Lets all migrations to this target know; whether there is room for more.
     fn publish(&mut self, first_slot: u64, digests: &[ContentDigest]) -> bool {
         let slots = (0..).map(|number| Slot(first_slot.saturating_add(number)));
-        let records: Vec<_> = digests.iter().zip(slots).map(|(digest, slot)| to_record(*digest, slot)).collect();
+        let records: Vec<_> =
+            digests.iter().zip(slots).map(|(digest, slot)| to_record(*digest, slot)).collect();
         let published = self.directory.append(records.as_flattened());
         published.is_ok_and(|first| first.is_some())
     }

@@ -28,7 +28,9 @@ pub(super) enum IntakeError {
     #[error("a batch of memory can't be decoded")]
     Batch(#[from] DecodeError),
     /// Pages of other guests are damaged, or were never here.
-    #[error("the pages that guests share on this host are damaged and given up; the next migration does without")]
+    #[error(
+        "the pages that guests share on this host are damaged and given up; the next migration does without"
+    )]
     Shared(#[source] DecodeError),
     /// A piece of QEMU's stream is damaged.
     #[error("a piece of QEMU's stream can't be opened")]
