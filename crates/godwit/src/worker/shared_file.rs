@@ -257,7 +257,7 @@ mod tests {
     fn many_who_add_at_once_get_numbers_of_their_own() {
         let (_directory, path) = scratch();
         let add = |worker: u8| {
-            let mut file = open(&path, [worker; 16], None);
+            let mut file = open(&path, [b'a' + worker; 16], None);
             let mut numbers = Vec::new();
             for round in 0..50 {
                 let first = file.append(&[[worker; 64], [round; 64]].concat()).unwrap().unwrap();

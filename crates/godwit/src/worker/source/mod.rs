@@ -114,7 +114,9 @@ async fn migrate(
         SourceSettings { leave_paused: job.options.leave_paused, ..SourceSettings::new(&job.peer) };
     let handover = Source::new(Epoch(job.epoch), settings);
 
-    let known = Known { held, sharing: Sharing::open(job, welcome.shared_pages.as_deref()) };
+    let place = job.shared_place().zip(welcome.shared_pages.as_deref());
+    let sharing = place.and_then(|(place, name)| Sharing::open(place, &job.id, name));
+    let known = Known { held, sharing };
     let threads = start_threads(job, &guest, &map, memory, known, &session).await;
     let threads = match threads {
         Ok(threads) => threads,

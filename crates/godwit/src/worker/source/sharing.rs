@@ -22,7 +22,7 @@ use godwit_migration::wire::{self, Kept};
 use godwit_transport::session::{Lane, Message, Session};
 
 use crate::{
-    job::{Job, SharedPlace},
+    job::SharedPlace,
     worker::shared_file::{Generation, Shape, SharedFile},
 };
 
@@ -62,17 +62,17 @@ pub(super) struct Answers {
 /// Where in its memory a migration begins. Those that are begun one after the other begin far apart: 0, 1/2, 1/4, 3/4,
 /// 1/8, …
 pub(super) fn first_page(turn: u32, pages: u64) -> u64 {
-    (u128::from(pages) * u128::from(turn.reverse_bits()) >> u32::BITS) as u64
+    ((u128::from(pages) * u128::from(turn.reverse_bits())) >> u32::BITS) as u64
 }
 
 impl Sharing {
-    /// Both parts for this job, if both hosts share pages; `name` is what the target calls its own. Where the file can't
-    /// be had, the migration does without.
-    pub(super) fn open(job: &Job, name: Option<&str>) -> Option<(Self, Answers)> {
-        let SharedPlace { file: path, limit_bytes, .. } = job.shared_place()?;
-        let generation: Generation = name?.as_bytes().try_into().ok()?;
-        let own: Generation = job.id.as_bytes().try_into().ok()?;
-        let records_max = limit_bytes / BLOCK_BYTES as u64;
+    /// Both parts for the migration `id`; `name` is what the target calls its pages. Where the file can't be had, the
+    /// migration does without.
+    pub(super) fn open(place: &SharedPlace, id: &str, name: &str) -> Option<(Self, Answers)> {
+        let path = &place.file;
+        let generation: Generation = name.as_bytes().try_into().ok()?;
+        let own: Generation = id.as_bytes().try_into().ok()?;
+        let records_max = place.limit_bytes / BLOCK_BYTES as u64;
         let shape = Shape { record_bytes: RECORD_BYTES as u64, records_max };
         let open = || SharedFile::open(path, shape, own, Some(generation));
         let files = open().and_then(|one| Ok((one, open()?)));
@@ -130,12 +130,16 @@ impl Answers {
     pub(super) async fn hear(mut self, session: Session) {
         // The end of the session is told by its urgent lane.
         while let Ok(Some(message)) = session.recv(Lane::Bulk).await {
-            // What was asked for before the last answer is still answered.
-            if !self.asked.lock().is_over && !self.has_more_after(&message) {
-                let mut waiting = self.asked.lock();
-                waiting.is_over = true;
-                waiting.batches.clear();
-            }
+            self.take(&message);
+        }
+    }
+
+    /// Takes an answer; one that is the last of any use ends the asking, and those to what was asked before are dropped.
+    fn take(&mut self, message: &Message) {
+        if !self.asked.lock().is_over && !self.has_more_after(message) {
+            let mut waiting = self.asked.lock();
+            waiting.is_over = true;
+            waiting.batches.clear();
         }
     }
 
@@ -176,4 +180,87 @@ fn from_record(record: &[u8; RECORD_BYTES]) -> (ContentDigest, Slot) {
     let (digest, rest) = record.split_first_chunk().expect("a record is longer than a digest");
     let slot = rest.first_chunk().expect("a record has a slot behind its digest");
     (ContentDigest::from_bytes(*digest), Slot(u64::from_le_bytes(*slot)))
+}
+
+#[cfg(test)]
+mod tests {
+    use godwit_content::{BlockId, BlockVersion, Encoder, EncoderLimits};
+
+    use super::*;
+
+    const NAME: &str = "0123456789abcdef";
+
+    fn place(directory: &tempfile::TempDir, pages: u64) -> SharedPlace {
+        let file = directory.path().join("to-hostb.digests");
+        SharedPlace { file, limit_bytes: pages * BLOCK_BYTES as u64, turn: 0 }
+    }
+
+    /// Drafts a batch of one page and takes note of what it asks for.
+    fn ask(sharing: &mut Sharing, encoder: &mut Encoder, fill: u8) -> usize {
+        sharing.learn(encoder.shared());
+        let version = BlockVersion { id: BlockId(fill.into()), hot: false };
+        let draft = encoder.draft(&[version], vec![fill; BLOCK_BYTES]);
+        sharing.ask(&draft);
+        draft.kept().len()
+    }
+
+    fn encoder() -> Encoder {
+        Encoder::new(EncoderLimits { base_bytes: 0, level: 1 })
+    }
+
+    fn answer(first_slot: u64, blocks: u32) -> Message {
+        let payload = Kept { first_slot, blocks }.to_bytes().to_vec().into();
+        Message { kind: wire::KEPT, payload }
+    }
+
+    #[test]
+    fn what_the_target_answered_for_one_migration_all_others_know() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = place(&directory, 100);
+        let (mut one, mut answers) = Sharing::open(&place, "1111111111111111", NAME).unwrap();
+        let (mut other, _) = Sharing::open(&place, "2222222222222222", NAME).unwrap();
+        let (mut ours, mut theirs) = (encoder(), encoder());
+        assert_eq!(ask(&mut one, &mut ours, 1), 1);
+        assert_eq!(ask(&mut other, &mut theirs, 1), 1, "not known before the answer");
+        assert!(answers.has_more_after(&answer(7, 1)));
+        assert_eq!(ask(&mut other, &mut theirs, 1), 0);
+        assert_eq!(theirs.shared().len(), 1);
+    }
+
+    #[test]
+    fn nothing_more_is_asked_of_a_target_that_is_full_or_makes_no_sense() {
+        let not_an_answer = Message { kind: wire::HELD, ..answer(0, 1) };
+        let cut = Message { payload: answer(0, 1).payload.slice(..11), ..answer(0, 1) };
+        for last in [answer(0, 0), answer(0, 2), answer(0, u32::MAX), not_an_answer, cut] {
+            let directory = tempfile::tempdir().unwrap();
+            let (mut sharing, mut answers) = Sharing::open(&place(&directory, 100), NAME, NAME).unwrap();
+            let mut encoder = encoder();
+            ask(&mut sharing, &mut encoder, 1);
+            answers.take(&last);
+            answers.take(&answer(0, 1));
+            assert_eq!(ask(&mut sharing, &mut encoder, 2), 0, "{last:?}");
+            assert!(encoder.shared().is_empty(), "{last:?}");
+        }
+    }
+
+    #[test]
+    fn no_more_is_listed_or_waited_for_than_the_bounds_say() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut sharing, mut answers) = Sharing::open(&place(&directory, 1), NAME, NAME).unwrap();
+        let mut encoder = encoder();
+        let asked =
+            (0..=ASKED_MAX).filter(|fill| ask(&mut sharing, &mut encoder, (fill % 255 + 1) as u8) > 0);
+        assert_eq!(asked.count(), ASKED_MAX);
+        answers.take(&answer(0, 1));
+        answers.take(&answer(1, 1));
+        assert_eq!(ask(&mut sharing, &mut encoder, 9), 0);
+        assert_eq!(encoder.shared().len(), 1);
+    }
+
+    #[test]
+    fn migrations_that_begin_one_after_the_other_begin_far_apart() {
+        let begins: Vec<_> = (0..8).map(|turn| first_page(turn, 1_000)).collect();
+        assert_eq!(begins, [0, 500, 250, 750, 125, 625, 375, 875]);
+        assert!(first_page(u32::MAX, u64::MAX) < u64::MAX);
+    }
 }

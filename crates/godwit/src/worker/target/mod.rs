@@ -101,7 +101,7 @@ async fn receive(
     let held = restore_partial(job, &map, &memory, journal).await;
     journal.say(Happening::Ready);
 
-    let slots = Slots::open(job);
+    let slots = job.shared_place().and_then(|place| Slots::open(place, &job.id));
     let welcome = Welcome {
         version: wire::VERSION_MAX,
         qemu_version: monitor.query_version().await?.to_string(),

@@ -6,7 +6,7 @@ use godwit_content::{BLOCK_BYTES, SharedPageError, SharedPages, Slot};
 use godwit_migration::wire::Kept;
 
 use crate::{
-    job::{Job, SharedPlace},
+    job::SharedPlace,
     worker::shared_file::{Generation, Shape, SharedFile},
 };
 
@@ -18,10 +18,10 @@ pub(super) struct Slots {
 }
 
 impl Slots {
-    /// The pages for this job, if it may use any. Where they can't be had, the migration does without.
-    pub(super) fn open(job: &Job) -> Option<Self> {
-        let SharedPlace { file, limit_bytes, .. } = job.shared_place()?;
-        let own: Generation = job.id.as_bytes().try_into().ok()?;
+    /// The pages for the migration `id`. Where they can't be had, it does without.
+    pub(super) fn open(place: &SharedPlace, id: &str) -> Option<Self> {
+        let SharedPlace { file, limit_bytes, .. } = place;
+        let own: Generation = id.as_bytes().try_into().ok()?;
         let page_bytes = BLOCK_BYTES as u64;
         let shape = Shape { record_bytes: page_bytes, records_max: limit_bytes / page_bytes };
         match SharedFile::open(file, shape, own, None) {
@@ -62,5 +62,35 @@ impl SharedPages for Slots {
             io::ErrorKind::UnexpectedEof => SharedPageError::Empty(slot),
             _ => SharedPageError::Access { slot, source: Box::new(error) },
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pages_are_kept_for_all_until_there_is_no_room() {
+        let directory = tempfile::tempdir().unwrap();
+        let place = SharedPlace {
+            file: directory.path().join("from-hosta.pages"),
+            limit_bytes: 3 * BLOCK_BYTES as u64 + 1,
+            turn: 0,
+        };
+        let mut one = Slots::open(&place, "1111111111111111").unwrap();
+        let mut other = Slots::open(&place, "2222222222222222").unwrap();
+        assert_eq!(other.name().as_deref(), Some("1111111111111111"));
+        assert_eq!(one.keep(&[7; 2 * BLOCK_BYTES]), Kept { first_slot: 0, blocks: 2 });
+        assert_eq!(other.keep(&[8; 2 * BLOCK_BYTES]).blocks, 0, "all or none");
+        assert_eq!(other.keep(&[8; BLOCK_BYTES]).blocks, 0, "what was said stays so");
+        assert_eq!(one.keep(&[9; BLOCK_BYTES]), Kept { first_slot: 2, blocks: 1 });
+        let mut page = [0; BLOCK_BYTES];
+        other.read(Slot(2), &mut page).unwrap();
+        assert_eq!(page, [9; BLOCK_BYTES]);
+        for beyond in [Slot(3), Slot(u64::MAX)] {
+            assert!(
+                matches!(other.read(beyond, &mut page), Err(SharedPageError::Empty(slot)) if slot == beyond)
+            );
+        }
     }
 }
