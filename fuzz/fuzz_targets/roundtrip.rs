@@ -40,7 +40,7 @@ struct Guest {
 impl Guest {
     fn new(limits: EncoderLimits) -> Self {
         let mut encoder = Encoder::new(limits);
-        encoder.shared().set_growing(true);
+        encoder.shared_index().set_growing(true);
         Self {
             encoder,
             decoder: Decoder::new(DecoderLimits { block_count: BLOCKS as u64 }),
@@ -78,8 +78,8 @@ fuzz_target!(|input: Input| {
             Step::Other => std::mem::swap(&mut now, &mut other),
             Step::Send { blocks } => {
                 for (digest, slot) in now.send(blocks, &mut pages) {
-                    now.encoder.shared().insert(digest, slot);
-                    other.encoder.shared().insert(digest, slot);
+                    now.encoder.shared_index().insert(digest, slot);
+                    other.encoder.shared_index().insert(digest, slot);
                 }
             }
             _ => change(&step, &mut now.source),

@@ -158,7 +158,8 @@ impl Decoder {
 
     fn kept(&self) -> Vec<u8> {
         let marked = self.rebuilt.iter().zip(&self.columns.kept).filter(|(_, kept)| **kept);
-        marked.flat_map(|(content, _)| content).copied().collect()
+        let contents: Vec<_> = marked.map(|(content, _)| content.as_slice()).collect();
+        contents.concat()
     }
 
     /// Parses a batch into columns and returns the digest that it promises.

@@ -104,7 +104,7 @@ impl Encoder {
 
     /// What the target holds of all guests that come from this host; empty, and not added to, unless the caller sees to
     /// both.
-    pub fn shared(&mut self) -> &mut SharedIndex {
+    pub fn shared_index(&mut self) -> &mut SharedIndex {
         &mut self.shared
     }
 
@@ -238,7 +238,7 @@ impl Encoder {
         block
     }
 
-    /// The digest by which other guests find a block, if there are any to find it. Hot blocks are of no use to them.
+    /// The digest by which other guests find a block, if that is of use. A hot block isn't: it won't stay what it is.
     fn digest_for_others(&self, version: BlockVersion, content: &Block) -> Option<ContentDigest> {
         let is_of_use = self.techniques.shared && !version.hot && self.shared.is_in_use();
         is_of_use.then(|| ContentDigest::of(content))

@@ -44,7 +44,8 @@ impl ContentDigest {
     }
 }
 
-/// Which blocks the target holds for all guests: the source's half. About 60 bytes a block; the caller bounds them.
+/// Which blocks the target holds for all guests: the source's half. At most 100 bytes a block; the caller bounds
+/// them.
 #[derive(Debug, Default)]
 pub struct SharedIndex {
     slots: HashMap<ContentDigest, Slot>,

@@ -44,7 +44,7 @@ struct Guest {
 impl Guest {
     fn new(base_bytes: usize) -> Self {
         let mut encoder = Encoder::new(EncoderLimits { base_bytes, level: 1 });
-        encoder.shared().set_growing(true);
+        encoder.shared_index().set_growing(true);
         Self {
             source: vec![[0; BLOCK_BYTES]; BLOCKS],
             encoder,
@@ -92,7 +92,7 @@ fn hear(guests: &mut [Guest], guest: usize) {
     let Some((kept, slots)) = guests[guest].answers.pop_front() else { return };
     for guest in guests {
         for (digest, slot) in kept.iter().zip(&slots) {
-            guest.encoder.shared().insert(*digest, *slot);
+            guest.encoder.shared_index().insert(*digest, *slot);
         }
     }
 }
@@ -119,7 +119,7 @@ proptest! {
                     prop_assert_eq!(guest.encoder.chain(), guest.decoder.chain());
                 }
                 Step::Hear { guest, answers } => (0..answers).for_each(|_| hear(&mut guests, guest)),
-                Step::Grow { guest, grows } => guests[guest].encoder.shared().set_growing(grows),
+                Step::Grow { guest, grows } => guests[guest].encoder.shared_index().set_growing(grows),
             }
         }
     }
@@ -132,7 +132,7 @@ proptest! {
     ) {
         let mut guest = Guest::new(1 << 20);
         for (fill, slot) in (0..CONTENTS).zip(&slots) {
-            guest.encoder.shared().insert(ContentDigest::of(&content(fill)), Slot(slot.index(6) as u64));
+            guest.encoder.shared_index().insert(ContentDigest::of(&content(fill)), Slot(slot.index(6) as u64));
         }
         let mut pages = VecSharedPages::default();
         pages.keep(&held.into_iter().flat_map(content).collect::<Vec<_>>());
@@ -185,7 +185,7 @@ fn hot_blocks_and_guests_without_the_technique_neither_give_nor_take() {
 #[test]
 fn a_slot_that_was_never_written_is_refused() {
     let ([mut guest, _], mut pages) = pair();
-    guest.encoder.shared().insert(ContentDigest::of(&content(3)), Slot(u64::MAX));
+    guest.encoder.shared_index().insert(ContentDigest::of(&content(3)), Slot(u64::MAX));
     let batch = guest.encode(&[(0, 3, false)]).1;
     let refused = guest.decoder.decode_sharing(&batch.bytes, &mut guest.target, &mut pages);
     assert!(matches!(refused, Err(DecodeError::Shared(SharedPageError::Empty(Slot(u64::MAX))))));

@@ -121,6 +121,7 @@ pub(crate) struct Agent {
     accelerator: OnceCell<Accel>,
     busy: Busy,
     migrations: Migrations,
+    /// From this host.
     migrations_begun: AtomicU32,
     metrics: Metrics,
     admission: Admission,

@@ -21,7 +21,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use super::Agent;
 use crate::job::{Role, SharedPlace};
 
-/// How long a file stays after the last migration that began to use it, and was under way, has ended.
+/// How long a file stays that no migration begins to use, and none that is under way uses.
 const IDLE_MAX: Duration = Duration::from_secs(600);
 /// How often that is looked at.
 const LOOK_EVERY: Duration = Duration::from_secs(60);
@@ -31,7 +31,10 @@ impl Agent {
     pub(super) fn shared_place(&self, peer: &str, role: Role) -> Option<SharedPlace> {
         let limit_bytes = self.config.shared_pages.bytes();
         let name = file_name(peer, role);
-        let turn = self.migrations_begun.fetch_add(1, Ordering::Relaxed);
+        let turn = match role {
+            Role::Source => self.migrations_begun.fetch_add(1, Ordering::Relaxed),
+            Role::Target => 0,
+        };
         (limit_bytes > 0).then(|| SharedPlace { file: self.state.shared().join(name), limit_bytes, turn })
     }
 

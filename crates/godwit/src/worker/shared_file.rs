@@ -191,7 +191,7 @@ mod tests {
 
     use super::*;
 
-    const SHAPE: Shape = Shape { record_bytes: 64, records_max: 1_000 };
+    const SHAPE: Shape = Shape { record_bytes: 64, records_max: 1 << 20 };
     const ONE: Generation = *b"1111111111111111";
     const OTHER: Generation = *b"2222222222222222";
 
@@ -259,11 +259,12 @@ mod tests {
         let add = |worker: u8| {
             let mut file = open(&path, [b'a' + worker; 16], None);
             let mut numbers = Vec::new();
-            for round in 0..50 {
-                let first = file.append(&[[worker; 64], [round; 64]].concat()).unwrap().unwrap();
+            for round in 0..5_000_u64 {
+                let content = [[worker; 64], [round as u8; 64]].concat();
+                let first = file.append(&content).unwrap().unwrap();
                 let mut found = [0; 128];
                 file.read(first, &mut found).unwrap();
-                assert_eq!(found, [[worker; 64], [round; 64]].concat()[..]);
+                assert_eq!(found, content[..]);
                 numbers.push(first);
             }
             numbers
@@ -272,6 +273,6 @@ mod tests {
             let workers: Vec<_> = (0..4).map(|worker| scope.spawn(move || add(worker))).collect();
             workers.into_iter().flat_map(|worker| worker.join().unwrap()).collect()
         });
-        assert_eq!(numbers.iter().collect::<BTreeSet<_>>().len(), 200);
+        assert_eq!(numbers.iter().collect::<BTreeSet<_>>().len(), 20_000);
     }
 }

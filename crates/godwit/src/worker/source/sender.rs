@@ -276,7 +276,7 @@ pub(super) fn send_all(
             Batch { blocks, contents, ..batch }
         };
         if let Some(sharing) = &mut sharing {
-            sharing.learn(encoder.shared());
+            sharing.learn(encoder.shared_index());
         }
         let draft = encoder.draft(&batch.blocks, batch.contents);
         if let Some(sharing) = &sharing {

@@ -197,7 +197,7 @@ mod tests {
 
     /// Drafts a batch of one page and takes note of what it asks for.
     fn ask(sharing: &mut Sharing, encoder: &mut Encoder, fill: u8) -> usize {
-        sharing.learn(encoder.shared());
+        sharing.learn(encoder.shared_index());
         let version = BlockVersion { id: BlockId(fill.into()), hot: false };
         let draft = encoder.draft(&[version], vec![fill; BLOCK_BYTES]);
         sharing.ask(&draft);
@@ -224,7 +224,7 @@ mod tests {
         assert_eq!(ask(&mut other, &mut theirs, 1), 1, "not known before the answer");
         assert!(answers.has_more_after(&answer(7, 1)));
         assert_eq!(ask(&mut other, &mut theirs, 1), 0);
-        assert_eq!(theirs.shared().len(), 1);
+        assert_eq!(theirs.shared_index().len(), 1);
     }
 
     #[test]
@@ -239,7 +239,7 @@ mod tests {
             answers.take(&last);
             answers.take(&answer(0, 1));
             assert_eq!(ask(&mut sharing, &mut encoder, 2), 0, "{last:?}");
-            assert!(encoder.shared().is_empty(), "{last:?}");
+            assert!(encoder.shared_index().is_empty(), "{last:?}");
         }
     }
 
@@ -254,7 +254,7 @@ mod tests {
         answers.take(&answer(0, 1));
         answers.take(&answer(1, 1));
         assert_eq!(ask(&mut sharing, &mut encoder, 9), 0);
-        assert_eq!(encoder.shared().len(), 1);
+        assert_eq!(encoder.shared_index().len(), 1);
     }
 
     #[test]
