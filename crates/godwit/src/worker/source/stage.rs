@@ -328,7 +328,7 @@ mod tests {
 
     #[test]
     fn zero_pages_may_go_before_their_turn() {
-        let mut stage = Stage::new(1 << 10, Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
+        let mut stage = Stage::new(1 << 10, BlockId(0), Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
         let now = Instant::now();
         for id in 0..200 {
             match id % 2 {
