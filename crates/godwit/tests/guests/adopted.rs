@@ -9,7 +9,7 @@ use std::{
 
 use godwit_sim::{
     guest_image::accelerator,
-    lab::{Place, Process},
+    lab::{FIRST_GUEST_ADDRESS, Place, Process},
 };
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
@@ -66,7 +66,12 @@ fn command(hosts: &Hosts, plan: Plan, start: &Start) -> Command {
     command.arg("-machine").arg(format!("{}{}", plan.machine, start.machine));
     command.arg("-accel").arg(format!("{}{}", accelerator(), start.accel));
     command.arg("-m").arg(format!("{}M{}", plan.memory_mb, start.memory));
-    command.args(["-smp", &plan.vcpus.to_string(), "-append", &plan.kernel_command_line(FIRST_GUEST_ADDRESS)]);
+    command.args([
+        "-smp",
+        &plan.vcpus.to_string(),
+        "-append",
+        &plan.kernel_command_line(FIRST_GUEST_ADDRESS),
+    ]);
     command.arg("-kernel").arg(&hosts.image.kernel).arg("-initrd").arg(&hosts.image.initrd);
     command.args(["-netdev", &format!("tap,id=n,ifname={OWN_TAP},script=no,downscript=no")]);
     command.args(["-device", "virtio-net-pci,netdev=n"]);

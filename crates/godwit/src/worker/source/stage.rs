@@ -311,7 +311,8 @@ mod tests {
 
     #[test]
     fn inline_sends_the_newest_version_once() {
-        let mut stage = Stage::new(1 << 17, BlockId(0), Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
+        let mut stage =
+            Stage::new(1 << 17, BlockId(0), Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
         let now = Instant::now();
         name(&mut stage, 7, 1, now);
         name(&mut stage, 7, 2, now + EMBARGO_GRAIN * 2);
@@ -328,7 +329,8 @@ mod tests {
 
     #[test]
     fn zero_pages_may_go_before_their_turn() {
-        let mut stage = Stage::new(1 << 10, BlockId(0), Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
+        let mut stage =
+            Stage::new(1 << 10, BlockId(0), Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
         let now = Instant::now();
         for id in 0..200 {
             match id % 2 {
@@ -350,7 +352,8 @@ mod tests {
 
     #[test]
     fn a_full_inline_stage_gives_even_what_is_held_back() {
-        let mut stage = Stage::new(1 << 17, BlockId(0), Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
+        let mut stage =
+            Stage::new(1 << 17, BlockId(0), Box::new(Inline::new(INLINE_PAGES_MAX)), Duration::ZERO);
         let now = Instant::now();
         for fill in 0..8 {
             name(&mut stage, 1, fill, now);
