@@ -128,9 +128,14 @@ impl Host {
 
     /// Writes a specification and returns its path.
     pub(crate) fn spec(&self, name: &str, more: &str) -> String {
+        self.spec_of(name, "16M", more)
+    }
+
+    /// The same with so much memory.
+    pub(crate) fn spec_of(&self, name: &str, memory: &str, more: &str) -> String {
         let path = self.directory.with_extension(format!("{name}.toml"));
         let text =
-            format!("name = \"{name}\"\nmachine = \"pc\"\nmemory = \"16M\"\naccel = \"tcg\"\n{more}\n");
+            format!("name = \"{name}\"\nmachine = \"pc\"\nmemory = \"{memory}\"\naccel = \"tcg\"\n{more}\n");
         fs::write(&path, text).unwrap();
         path.display().to_string()
     }

@@ -61,7 +61,8 @@ fn ended(host: &Host, role: &str, outcome: &str) -> f64 {
 fn both() -> (Site, Host, Host) {
     let site = Site::new();
     let (a, b) = pair(&site, "may_receive = true", "may_send = true");
-    a.godwit(&["vm", "run", &a.spec("web1", "")]).succeeds();
+    // More pages than may wait to leave, so that some are owed while nothing does.
+    a.godwit(&["vm", "run", &a.spec_of("web1", "256M", "")]).succeeds();
     (site, a, b)
 }
 
