@@ -116,6 +116,13 @@ impl Config {
         Self::parse(&text, file)
     }
 
+    /// Where pages are kept that guests have in common: beside the socket, which by default is in memory, so that a disk with
+    /// better things to do doesn't write them.
+    #[must_use]
+    pub(crate) fn shared_dir(&self) -> PathBuf {
+        self.socket.with_extension("shared")
+    }
+
     /// The host with this name, if it is known.
     #[must_use]
     pub(crate) fn peer(&self, name: &str) -> Option<&Peer> {

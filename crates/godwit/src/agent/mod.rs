@@ -141,6 +141,7 @@ pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
     }
     process::lay_privilege_aside();
     let state = StateDir::open(&config.state_dir)?;
+    state::make_private_dir(&config.shared_dir())?;
     let history = History::new(state.history());
     let agent = Arc::new(Agent {
         config,

@@ -1,5 +1,5 @@
-//! What guests that move between two hosts have in common: two files in `<state_dir>/shared`, which belong to the workers
-//! (see `worker::shared_file`) and are removed here when nobody uses them.
+//! What guests that move between two hosts have in common: two files beside the agent's socket (`Config::shared_dir`), which
+//! belong to the workers (see `worker::shared_file`) and are removed here when nobody uses them.
 //!
 //! | file | host | holds |
 //! |---|---|---|
@@ -35,7 +35,11 @@ impl Agent {
             Role::Source => self.migrations_begun.fetch_add(1, Ordering::Relaxed),
             Role::Target => 0,
         };
-        (limit_bytes > 0).then(|| SharedPlace { file: self.state.shared().join(name), limit_bytes, turn })
+        (limit_bytes > 0).then(|| SharedPlace {
+            file: self.config.shared_dir().join(name),
+            limit_bytes,
+            turn,
+        })
     }
 
     /// Removes what the last agent left, and for as long as this one lives what isn't used any more.
@@ -47,7 +51,7 @@ impl Agent {
             ticks.tick().await;
             let jobs = self.migrations.jobs();
             let in_use: Vec<_> = jobs.iter().map(|job| file_name(&job.peer, job.role)).collect();
-            let removed = remove_idle(&self.state.shared(), &in_use, idle_max, SystemTime::now());
+            let removed = remove_idle(&self.config.shared_dir(), &in_use, idle_max, SystemTime::now());
             if let Err(error) = removed {
                 tracing::warn!(%error, "pages that guests shared aren't removed");
             }

@@ -10,7 +10,6 @@
 //!                            /qemu.pid qmp.sock qmp-migration.sock console.sock qemu.log
 //!            /migrations/<id>/…           see `crate::job`
 //!            /partial/<name>.memory       what arrived of a migration that broke (`--keep-partial`)
-//!            /shared/…                    what guests that move between two hosts have in common (see `sharing`)
 //!            /stand-down/<machine>@<host>.json  what a host that was declared lost is told when it answers
 //!            /learned/<peer>.json         what pauses towards a peer taught
 //!            /history.ndjson              what migrations were thought to take, and took (see `history`)
@@ -81,7 +80,7 @@ impl StateDir {
     /// # Errors
     /// [`StateError::Locked`] if another agent has it, or what the file system says.
     pub(crate) fn open(root: &Path) -> Result<Self, StateError> {
-        let inner = ["machines", "migrations", "learned", "shared"].map(|name| root.join(name));
+        let inner = ["machines", "migrations", "learned"].map(|name| root.join(name));
         for directory in [root.to_owned()].into_iter().chain(inner) {
             make_private_dir(&directory)?;
         }
@@ -129,12 +128,6 @@ impl StateDir {
     #[must_use]
     pub(crate) fn partial(&self, machine: &str) -> PathBuf {
         self.root.join("partial").join(format!("{machine}.memory"))
-    }
-
-    /// The directory of what guests have in common.
-    #[must_use]
-    pub(crate) fn shared(&self) -> PathBuf {
-        self.root.join("shared")
     }
 
     /// A machine's place, whether there is one or not.

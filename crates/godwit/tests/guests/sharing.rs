@@ -49,7 +49,7 @@ fn guests_that_move_at_once_send_what_they_have_in_common_about_once() {
 #[test]
 fn damaged_pages_end_the_migration_that_needs_them_and_not_the_next() {
     let (hosts, guests) = two_guests();
-    let pages = hosts.b.path("state/shared/from-a.pages");
+    let pages = hosts.b.path("agent.shared/from-a.pages");
     let cut = |file: &File| file.set_len(HEADER_BYTES).unwrap();
     let overwrite = |file: &File| {
         let bytes = file.metadata().unwrap().len() - HEADER_BYTES;
@@ -79,7 +79,7 @@ fn damaged_pages_end_the_migration_that_needs_them_and_not_the_next() {
 fn nothing_that_was_shared_outlives_its_agents() {
     let (mut hosts, _guests) = two_guests();
     moves("web1", &hosts.a, &hosts.b, &[]);
-    let (lab, left) = (&hosts.lab, |host: &Host| fs::read_dir(host.path("state/shared")).unwrap().count());
+    let (lab, left) = (&hosts.lab, |host: &Host| fs::read_dir(host.path("agent.shared")).unwrap().count());
     for host in [&mut hosts.a, &mut hosts.b] {
         assert_eq!(left(host), 1);
         host.crash();
