@@ -78,6 +78,9 @@ use self::{
 };
 pub(crate) use self::{api::openapi, credentials::CredentialsError, state::StateError};
 
+/// Threads that serve, at least: a file that has to reach the disk keeps one of them, and the others go on.
+const THREADS_MIN: usize = 4;
+
 /// Why the agent doesn't start.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StartError {
@@ -156,7 +159,10 @@ pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
         admission: Admission::default(),
         history,
     });
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(agent.serve())
+    let threads =
+        std::thread::available_parallelism().map_or(THREADS_MIN, |cores| cores.get().max(THREADS_MIN));
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_all().build()?;
+    runtime.block_on(agent.serve())
 }
 
 impl Agent {
