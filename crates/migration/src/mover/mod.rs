@@ -34,7 +34,8 @@
 //! Within a class, blocks go in address order by a cursor that moves on and wraps, so that neighbours travel together
 //! and nobody starves. The first time round it begins at [`Settings::first_block`]: guests that were booted from one
 //! image hold much the same in much the same order, and if each begins elsewhere, each sends a part that the others can
-//! then refer to (`content::SharedIndex`) instead of all sending the same part at once. In [`Mode::Final`] the guest is stopped, nothing can be in vain, and everything goes.
+//! then refer to (`content::SharedIndex`) instead of all sending the same part at once. In [`Mode::Final`] the guest is
+//! stopped, nothing can be in vain, and everything goes.
 //!
 //! Both exceptions for hot blocks live from deltas. Chunks that always travel whole want the paper's own rule, which
 //! [`Settings::early_copies`] switches on by being off: a block over the threshold isn't sent while the guest runs.

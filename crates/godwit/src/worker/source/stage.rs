@@ -8,6 +8,7 @@
 
 use std::{
     collections::VecDeque,
+    iter::successors,
     sync::{Condvar, Mutex, MutexGuard},
     time::{Duration, Instant},
 };
@@ -150,16 +151,14 @@ impl Stage {
     /// A batch of pages that were zero when they were named, whose turn may be later; `None` if none is owed.
     pub(super) fn take_zeros(&mut self) -> Result<Option<Batch>, StageError> {
         self.release(Instant::now())?;
-        let mut batch = Batch::default();
-        let mut from = self.zeros_from;
-        while let (true, Some(id)) = (batch.blocks.len() < BATCH_BLOCKS, self.zeros.next(from)) {
-            from = id.0 + 1;
-            let taken = self.mover.take_these(&[id], &mut batch.blocks);
-            batch.taken.first_time += taken.first_time;
-            batch.taken.again += taken.again;
-        }
+        let next = |from| self.zeros.next(from);
+        let zeros = successors(next(self.zeros_from), |id| next(id.0 + 1));
+        let owed: Vec<BlockId> = zeros.filter(|id| self.mover.is_owed(*id)).take(BATCH_BLOCKS).collect();
         // From the beginning, once the end is reached.
-        self.zeros_from = if batch.blocks.len() < BATCH_BLOCKS { 0 } else { from };
+        let last = owed.get(BATCH_BLOCKS - 1);
+        self.zeros_from = last.map_or(0, |id| id.0 + 1);
+        let mut batch = Batch::default();
+        batch.taken = self.mover.take_these(&owed, &mut batch.blocks);
         self.fill(batch)
     }
 
