@@ -20,11 +20,7 @@ use crate::{
 #[test]
 #[ignore = "wants QEMU 7.2"]
 fn a_paused_machine_of_qemu_7_2_goes_to_another_and_on_to_a_newer() {
-    let Some(emulator) = older_qemu::emulator() else { return };
-    let hosts = Hosts::new();
-    hosts.b.emulate_with(&emulator);
-    let start = Start { emulator: Some(emulator), ..Start::default() };
-    let own = ByHand::boot(&hosts, Plan::LIGHT, &start);
+    let Some((hosts, own)) = boot() else { return };
     let [before, after] = ["before", "after"].map(|name| hosts.lab.directory().join(name));
     hosts.a.monitor().execute("stop", json!({})).unwrap();
     memory::save(&mut hosts.a.monitor(), own.guest.memory_bytes(), &before);
@@ -46,11 +42,7 @@ fn a_paused_machine_of_qemu_7_2_goes_to_another_and_on_to_a_newer() {
 #[test]
 #[ignore = "wants QEMU 7.2"]
 fn a_running_machine_of_qemu_7_2_is_moved_only_if_nothing_is_lost() {
-    let Some(emulator) = older_qemu::emulator() else { return };
-    let hosts = Hosts::new();
-    hosts.b.emulate_with(&emulator);
-    let start = Start { emulator: Some(emulator), ..Start::default() };
-    let own = ByHand::boot(&hosts, Plan::LIGHT, &start);
+    let Some((hosts, own)) = boot() else { return };
     if accelerator() == "kvm" {
         return goes_there_and_back(&hosts, &own.guest, &[]);
     }
@@ -62,4 +54,14 @@ fn a_running_machine_of_qemu_7_2_is_moved_only_if_nothing_is_lost() {
     }
     own.guest.goes_on();
     hosts.only_at(&hosts.a);
+}
+
+/// A machine of QEMU 7.2 at host a, started by hand, and a host b whose agent has 7.2; `None`: it isn't there.
+fn boot() -> Option<(Hosts, ByHand)> {
+    let emulator = older_qemu::emulator()?;
+    let hosts = Hosts::new();
+    hosts.b.emulate_with(&emulator);
+    let start = Start { emulator: Some(emulator), ..Start::default() };
+    let own = ByHand::boot(&hosts, Plan::LIGHT, &start);
+    Some((hosts, own))
 }
