@@ -22,7 +22,7 @@ use self::{
     summary::Summary,
 };
 use crate::{
-    contest::{Load, Stage, cores::Cores},
+    contest::{Load, Patience, Stage, cores::Cores},
     product, provenance, setup,
 };
 
@@ -112,11 +112,8 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     setup::run()?;
     let image = GuestImage::ensure()?;
     let program_images = program_images(&plan, &image)?;
-    let godwit = match &request.binary {
-        Some(binary) => binary.clone(),
-        None if plan.has_godwit() => product::build(&["--release"])?,
-        None => PathBuf::new(),
-    };
+    let godwit =
+        if plan.has_godwit() { product::given_or_built(request.binary.as_deref())? } else { PathBuf::new() };
     let (cores, commit) = (Cores::reserve()?, provenance::commit()?);
     let arena = Arena { image, program_images, godwit, cores, commit };
     let mut ledger = Ledger::open(request.json.as_deref())?;
@@ -162,7 +159,11 @@ impl Arena {
                 continue;
             }
             println!("\n{}/{} {turn}", index + 1, turns.len());
-            match self.take(turn) {
+            if let Some(reason) = ledger.needless(turn).filter(|_| !plan.is_quick) {
+                println!("  {reason}");
+                continue;
+            }
+            match self.take(turn, plan.patience()) {
                 Ok(run) => {
                     println!("  {run}");
                     ledger.enter(run)?;
@@ -176,10 +177,10 @@ impl Arena {
         Ok(broken)
     }
 
-    fn take(&self, turn: &Turn) -> Result<Run> {
+    fn take(&self, turn: &Turn, patience: Patience) -> Result<Run> {
         let lab = Lab::wired(turn.link.wiring())?;
         let slowness = turn.link.rate.megabits_per_second().map_or(1, |rate| USUAL_RATE_MBIT.div_ceil(rate));
-        let patience = slowness.try_into().unwrap_or(u32::MAX).saturating_mul(turn.guests.into());
+        let times = slowness.try_into().unwrap_or(u32::MAX).saturating_mul(turn.guests.into());
         let stage = Stage {
             lab: &lab,
             image: self.program_images.get(turn.workload.as_str()).unwrap_or(&self.image),
@@ -191,7 +192,7 @@ impl Arena {
             },
             migrate: &[],
             godwit: &self.godwit,
-            patience,
+            patience: Patience { times, ..patience },
             compares_memories: false,
             finds_floor: true,
         };

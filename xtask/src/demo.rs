@@ -1,14 +1,15 @@
 //! One busy guest, one link, and whoever wants to move it: godwit, and QEMU alone in three ways. Or godwit alone, while
 //! things fail.
 
-use std::{path::PathBuf, time::Duration};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::ValueEnum;
-use godwit_sim::{guest_image::GuestImage, lab::Lab, link::Shape};
+use godwit_sim::{guest_image::GuestImage, lab::Lab};
 
 use crate::{
-    contest::{Contender, GODWIT, GUEST_MEMORY_MB, Load, Stage},
+    contest::{Contender, GODWIT, GUEST_MEMORY_MB, Load, Patience, Stage},
+    lab::Link,
     product, setup,
 };
 
@@ -28,19 +29,25 @@ pub(crate) enum Scenario {
 }
 
 /// What the command line asks for.
-#[derive(Debug)]
+#[derive(Debug, clap::Args)]
 pub(crate) struct Request {
+    /// What is shown.
+    #[arg(default_value = "compare")]
     pub(crate) scenario: Scenario,
+    /// Write the figures, or what is claimed, to this file.
+    #[arg(long)]
     pub(crate) json: Option<PathBuf>,
-    /// Names of contenders; empty: all.
+    /// Run only these contenders.
+    #[arg(long, value_delimiter = ',')]
     pub(crate) only: Vec<String>,
+    /// What the guest does: idle, light, medium, heavy, harsh.
+    #[arg(long, default_value = "medium")]
     pub(crate) workload: String,
-    /// Options for `godwit migrate`.
+    #[command(flatten)]
+    pub(crate) link: Link,
+    /// More options for `godwit migrate`, such as `-- --early-announce`.
+    #[arg(last = true)]
     pub(crate) migrate: Vec<String>,
-    /// Mbit/s.
-    pub(crate) rate: u64,
-    /// Milliseconds.
-    pub(crate) round_trip: u64,
 }
 
 /// Runs the contenders one after the other and prints them side by side; or shows what happens when things fail.
@@ -51,23 +58,19 @@ pub(crate) fn run(request: &Request) -> Result<()> {
     setup::run()?;
     let image = GuestImage::ensure()?;
     let wanted = |name: &str| request.only.is_empty() || request.only.iter().any(|only| only == name);
-    let godwit = if wanted(GODWIT) { product::build(&["--release"])? } else { PathBuf::new() };
-    let round_trip = Duration::from_millis(request.round_trip);
-    let lab = Lab::new(Shape::symmetric(request.rate, round_trip))?;
+    let godwit = if wanted(GODWIT) { product::given_or_built(None)? } else { PathBuf::new() };
+    let lab = Lab::new(request.link.shape())?;
     let stage = Stage {
         lab: &lab,
         image: &image,
         load: Load::Workload(&request.workload),
         migrate: &request.migrate,
         godwit: &godwit,
-        patience: 1,
+        patience: Patience::USUAL,
         compares_memories: true,
         finds_floor: false,
     };
-    println!(
-        "a {GUEST_MEMORY_MB} MB guest ({}), over {} Mbit/s with a round trip of {} ms",
-        request.workload, request.rate, request.round_trip
-    );
+    println!("a {GUEST_MEMORY_MB} MB guest ({}), over {}", request.workload, request.link);
     match request.scenario {
         Scenario::Compare => compare(&stage, request, wanted),
         Scenario::Failures => failures::run(&stage, request),
@@ -80,7 +83,7 @@ fn compare(stage: &Stage, request: &Request, wanted: impl Fn(&str) -> bool) -> R
         println!("\n{name}");
         outcomes.push(Contender::named(name)?.run(stage)?);
     }
-    print!("\n{}", table::render(&outcomes, Duration::from_millis(request.round_trip)));
+    print!("\n{}", table::render(&outcomes, request.link.round_trip()));
     println!("link emulator: {:.1} s of CPU", stage.lab.relay_statistics().cpu.as_secs_f64());
     if let Some(path) = &request.json {
         std::fs::write(path, serde_json::to_string_pretty(&outcomes)? + "\n")

@@ -1,6 +1,6 @@
 //! A lab to try things in by hand.
 
-use std::{io::BufRead, time::Duration};
+use std::{fmt, io::BufRead, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use godwit_sim::{
@@ -10,12 +10,39 @@ use godwit_sim::{
 
 const COMMANDS: &str = "cut | restore | link RATE_MBIT ROUND_TRIP_MS [LOSS_PERCENT] | show | quit";
 
+/// A link between two hosts, as command lines have it.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(crate) struct Link {
+    /// Rate of the link, Mbit/s.
+    #[arg(long, default_value_t = 100)]
+    pub(crate) rate: u64,
+    /// Round trip of the link, milliseconds.
+    #[arg(long, default_value_t = 20)]
+    pub(crate) round_trip: u64,
+}
+
+impl Link {
+    pub(crate) fn round_trip(&self) -> Duration {
+        Duration::from_millis(self.round_trip)
+    }
+
+    pub(crate) fn shape(&self) -> Shape {
+        Shape::symmetric(self.rate, self.round_trip())
+    }
+}
+
+impl fmt::Display for Link {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "{} Mbit/s with a round trip of {} ms", self.rate, self.round_trip)
+    }
+}
+
 /// Makes a lab, says how to enter it, and obeys commands until `quit` or the end of its input.
 ///
 /// # Errors
 /// Without root, or when the link fails. A mistyped command is only told.
-pub(crate) fn run(rate_mbit: u64, round_trip: Duration) -> Result<()> {
-    let lab = Lab::new(Shape::symmetric(rate_mbit, round_trip))?;
+pub(crate) fn run(link: &Link) -> Result<()> {
+    let lab = Lab::new(link.shape())?;
     for place in [Place::A, Place::B, Place::Lan] {
         println!(
             "{:<4} {:<11} nsenter --net={}",

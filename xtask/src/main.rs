@@ -1,6 +1,6 @@
 //! Everything a developer runs: `cargo xtask setup|lab|demo|chaos|fuzz|test|bench|profile|tidy`.
 
-use std::{path::PathBuf, process::ExitCode, time::Duration};
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::Parser;
@@ -26,14 +26,7 @@ enum Task {
     /// Install or fetch what is missing: QEMU, busybox, a guest kernel.
     Setup,
     /// Make two hosts and a link to try things in, and obey commands until `quit`.
-    Lab {
-        /// Rate of the link, Mbit/s.
-        #[arg(long, default_value_t = 100)]
-        rate: u64,
-        /// Round trip of the link, milliseconds.
-        #[arg(long, default_value_t = 20)]
-        round_trip: u64,
-    },
+    Lab(lab::Link),
     /// Run every check and every test.
     Test {
         /// Run the long tests too.
@@ -60,29 +53,7 @@ enum Task {
     /// Feed bytes that mean harm to everything that reads bytes of peers and guests.
     Fuzz(fuzz::Request),
     /// Migrate a busy guest over a slow link: beside QEMU alone, or while things fail.
-    Demo {
-        /// What is shown.
-        #[arg(default_value = "compare")]
-        scenario: demo::Scenario,
-        /// Write the figures, or what is claimed, to this file.
-        #[arg(long)]
-        json: Option<PathBuf>,
-        /// Run only these contenders.
-        #[arg(long, value_delimiter = ',')]
-        only: Vec<String>,
-        /// What the guest does: idle, light, medium, heavy, harsh.
-        #[arg(long, default_value = "medium")]
-        workload: String,
-        /// Rate of the link, Mbit/s.
-        #[arg(long, default_value_t = 100)]
-        rate: u64,
-        /// Round trip of the link, milliseconds.
-        #[arg(long, default_value_t = 20)]
-        round_trip: u64,
-        /// More options for `godwit migrate`, such as `-- --early-announce`.
-        #[arg(last = true)]
-        migrate: Vec<String>,
-    },
+    Demo(demo::Request),
 }
 
 fn main() -> ExitCode {
@@ -98,7 +69,7 @@ fn main() -> ExitCode {
 fn run(task: Task) -> Result<()> {
     match task {
         Task::Setup => setup::run(),
-        Task::Lab { rate, round_trip } => lab::run(rate, Duration::from_millis(round_trip)),
+        Task::Lab(link) => lab::run(&link),
         Task::Test { kvm: true, .. } => test::run_under_kvm(),
         Task::Test { long, .. } => test::run(long),
         Task::Bench { bench: None } => test::bench(),
@@ -107,8 +78,6 @@ fn run(task: Task) -> Result<()> {
         Task::Tidy => tidy::run(),
         Task::Chaos(request) => chaos::run(&request),
         Task::Fuzz(request) => fuzz::run(&request),
-        Task::Demo { scenario, json, only, workload, rate, round_trip, migrate } => {
-            demo::run(&demo::Request { scenario, json, only, workload, rate, round_trip, migrate })
-        }
+        Task::Demo(request) => demo::run(&request),
     }
 }

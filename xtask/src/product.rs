@@ -1,13 +1,21 @@
 //! The program under test: building it as cargo says where it is.
 
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
 use anyhow::{Context, Result, bail};
 use godwit_sim::guest_image::workspace;
 use serde_json::Value;
+
+/// The program that was given, or a release build.
+///
+/// # Errors
+/// When it doesn't build; cargo has said why.
+pub(crate) fn given_or_built(given: Option<&Path>) -> Result<PathBuf> {
+    given.map_or_else(|| build(&["--release"]), |binary| Ok(binary.to_owned()))
+}
 
 /// Builds godwit with more arguments for cargo, such as `--release`; returns where it is.
 ///

@@ -4,13 +4,12 @@
 //!  contest (a lab, a guest, godwit) ──/proc──► sampler ──CPU by thread──► stages ──► table, page, json
 //! ```
 
-use std::{path::PathBuf, time::Duration};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use godwit_sim::{
     guest_image::{GuestImage, workspace},
     lab::Lab,
-    link::Shape,
 };
 
 use self::{
@@ -19,7 +18,8 @@ use self::{
     stages::{Profile, Volumes},
 };
 use crate::{
-    contest::{Contender, GODWIT, GUEST_MEMORY_MB, Load, Stage, cores::Cores},
+    contest::{Contender, GODWIT, GUEST_MEMORY_MB, Load, Patience, Stage, cores::Cores},
+    lab::Link,
     product, provenance, setup,
 };
 
@@ -43,12 +43,8 @@ pub(crate) struct Request {
     /// What the guest does: idle, light, medium, heavy, harsh.
     #[arg(long, default_value = "medium")]
     workload: String,
-    /// Rate of the link, Mbit/s.
-    #[arg(long, default_value_t = 100)]
-    rate: u64,
-    /// Round trip of the link, milliseconds.
-    #[arg(long, default_value_t = 20)]
-    round_trip: u64,
+    #[command(flatten)]
+    link: Link,
     /// Write the figures to this file.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -68,18 +64,15 @@ pub(crate) fn run(subject: &Subject) -> Result<()> {
     let Subject::Migrate(request) = subject;
     setup::run()?;
     let image = GuestImage::ensure()?;
-    let godwit = match &request.binary {
-        Some(binary) => binary.clone(),
-        None => product::build(&["--release"])?,
-    };
-    let lab = Lab::new(Shape::symmetric(request.rate, Duration::from_millis(request.round_trip)))?;
+    let godwit = product::given_or_built(request.binary.as_deref())?;
+    let lab = Lab::new(request.link.shape())?;
     let stage = Stage {
         lab: &lab,
         image: &image,
         load: Load::Workload(&request.workload),
         migrate: &[],
         godwit: &godwit,
-        patience: 1,
+        patience: Patience::USUAL,
         compares_memories: false,
         finds_floor: false,
     };
@@ -92,8 +85,8 @@ pub(crate) fn run(subject: &Subject) -> Result<()> {
     let profile = Profile::of(&sampler.used(outcome.span), volumes);
     let circumstances = Circumstances {
         workload: request.workload.clone(),
-        link_mbit: request.rate,
-        rtt_ms: request.round_trip,
+        link_mbit: request.link.rate,
+        rtt_ms: request.link.round_trip,
         total_ms: outcome.total_ms,
         downtime_ms: outcome.downtime_ms,
         busy: cores.busy(&usage, outcome.span),

@@ -101,12 +101,15 @@ impl Run {
     }
 
     fn is_of(&self, turn: &Turn) -> bool {
-        self.contender == turn.contender.name
-            && self.workload == turn.workload
+        self.is_beside(turn) && self.contender == turn.contender.name && self.round == turn.round
+    }
+
+    /// Whether it did the same as a turn, by whichever contender and in whichever round.
+    fn is_beside(&self, turn: &Turn) -> bool {
+        self.workload == turn.workload
             && self.guest_command == turn.guest_command
             && self.link() == turn.link
             && (self.guests, self.guest_mb) == (turn.guests, turn.guest_mb())
-            && self.round == turn.round
     }
 }
 
@@ -153,6 +156,17 @@ impl Ledger {
     /// Whether a turn was taken.
     pub(super) fn has(&self, turn: &Turn) -> bool {
         self.runs.iter().any(|run| run.is_of(turn))
+    }
+
+    /// Why a turn says nothing new: its contender didn't get the guest to the target before, which no later round mends, or
+    /// stands in for one that does. `None`: it is worth taking.
+    pub(super) fn needless(&self, turn: &Turn) -> Option<String> {
+        let runs_of = |name| self.runs.iter().filter(move |run| run.contender == name && run.is_beside(turn));
+        if let Some(lost) = runs_of(turn.contender.name).find(|run| !run.converged) {
+            return Some(format!("not taken: given up in round {}", lost.round));
+        }
+        let first = turn.contender.stands_in_for()?;
+        runs_of(first).any(|run| run.converged).then(|| format!("not taken: {first} converges"))
     }
 
     /// Enters a run; the file is replaced as a whole, so that it is never half a ledger.
@@ -225,6 +239,28 @@ pub(super) mod tests {
         assert_eq!(Ledger::open(Some(&path)).unwrap().runs(), ledger.runs());
         std::fs::write(&path, "{}").unwrap();
         assert!(Ledger::open(Some(&path)).is_err());
+    }
+
+    #[test]
+    fn who_was_given_up_and_who_is_not_needed_has_no_further_turn() {
+        let mut ledger = Ledger::open(None).unwrap();
+        let turn = |name, workload: &str, round| Turn {
+            link: Link { rate: Rate::MegabitsPerSecond(100), round_trip_ms: 20 },
+            workload: workload.to_owned(),
+            guests: 1,
+            guest_command: None,
+            contender: Contender::named(name).unwrap(),
+            round,
+        };
+        ledger.enter(run("qemu-precopy", "idle", 1, 100)).unwrap();
+        ledger.enter(Run { converged: false, ..run("qemu-precopy", "heavy", 1, 700) }).unwrap();
+        let needless = |name, workload, round| ledger.needless(&turn(name, workload, round));
+        let told = Some("not taken: given up in round 1".to_owned());
+        assert_eq!(needless("qemu-precopy", "heavy", 2), told);
+        assert_eq!(needless("qemu-precopy", "idle", 2), None);
+        assert_eq!(needless("qemu-auto-converge", "heavy", 1), None);
+        let told = Some("not taken: qemu-precopy converges".to_owned());
+        assert_eq!(needless("qemu-auto-converge", "idle", 1), told);
     }
 
     #[test]

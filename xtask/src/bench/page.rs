@@ -1,6 +1,6 @@
 //! The page that the docs keep: what was measured, on what, and what was to be reached.
 
-use std::{collections::BTreeSet, fmt::Write as _, path::Path};
+use std::{collections::BTreeSet, fmt::Write as _, io::ErrorKind, path::Path};
 
 use anyhow::{Context, Result};
 use godwit_sim::lab::Wiring;
@@ -14,7 +14,7 @@ use super::{
     table::{COLUMNS, cells},
 };
 use crate::{
-    contest::DOWNTIME_TARGET,
+    contest::{DOWNTIME_TARGET, Patience},
     provenance::{machine, said},
 };
 
@@ -34,7 +34,8 @@ out, by zstd at the level with which godwit begins, 64 KiB at a time, worked out
 what the emulated link used of a core. *Busy*: what \
 it and the contender used of the cores that aren't the guest's. From 80 % on, or where something foreign used a quarter of \
 the machine (\\*), the machine limited and not the link, and nothing is judged. More in [lab.md](../lab.md).\n\n\
-A contender that didn't converge was given up; its figures are what it had cost by then. Post-copy's guest runs at the \
+A contender that didn't converge was given up; its figures are what it had cost by then, and but for a quick run it has no \
+further turn. Auto-converge has turns where plain pre-copy doesn't converge. Post-copy's guest runs at the \
 target long before its memory is there: its downtime says little, its progress until the last page says more, and it is \
 nobody that pre-copy is held against.\n";
 
@@ -65,6 +66,7 @@ const UNMEASURED: &str = "- QEMU 7.2, and KVM\n";
 pub(super) struct Circumstances {
     command: String,
     is_quick: bool,
+    patience: Patience,
     rounds: u32,
     guest_command: Option<String>,
     /// Memory of each guest.
@@ -100,6 +102,7 @@ impl Circumstances {
         Circumstances {
             command,
             is_quick: request.quick,
+            patience: plan.patience(),
             rounds: plan.rounds,
             guest_command: plan.guest_command.clone(),
             guest_mb: plan.guest_mb(),
@@ -151,18 +154,30 @@ impl Circumstances {
 /// When a file can't be written.
 pub(super) fn write(path: &Path, summary: &Summary, circumstances: &Circumstances) -> Result<()> {
     let plot = path.with_extension("svg");
+    let reasons = read_reasons(&path.with_extension("reasons.md"))?;
     let name = plot.file_name().unwrap_or_default().to_string_lossy().into_owned();
     for (path, text) in
-        [(path, render(summary, circumstances, &name)), (plot.as_path(), plot::render(summary))]
+        [(path, render(summary, circumstances, &name, &reasons)), (plot.as_path(), plot::render(summary))]
     {
         std::fs::write(path, text).with_context(|| format!("cannot write {}", path.display()))?;
     }
     Ok(())
 }
 
-fn render(summary: &Summary, circumstances: &Circumstances, plot: &str) -> String {
+/// What people add to a page, from a file beside it, so that writing the page again doesn't lose it; empty if there is none.
+fn read_reasons(path: &Path) -> Result<String> {
+    match std::fs::read_to_string(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
+        read => read.with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+fn render(summary: &Summary, circumstances: &Circumstances, plot: &str, reasons: &str) -> String {
     let mut text = format!("# Migrations: godwit beside QEMU\n\n{}\n", circumstances.described());
     // Writing to a string doesn't fail.
+    if !reasons.is_empty() {
+        let _ = writeln!(text, "{reasons}");
+    }
     let _ = writeln!(text, "![medians and spreads]({plot})\n\n{MEANING}");
     let conditions =
         [(circumstances.has_several_guests, BUILD), (circumstances.has_straight_links, STRAIGHT)];
@@ -174,7 +189,12 @@ fn render(summary: &Summary, circumstances: &Circumstances, plot: &str) -> Strin
     let mut told = BTreeSet::new();
     for row in summary.groups.iter().flat_map(|group| &group.rows) {
         if told.insert(row.contender.name) {
-            let _ = writeln!(text, "| {} | {} |", row.contender.name, row.contender.describe());
+            let _ = writeln!(
+                text,
+                "| {} | {} |",
+                row.contender.name,
+                row.contender.describe(circumstances.patience)
+            );
         }
     }
     let _ = write!(text, "\n## Not measured yet\n\n{UNMEASURED}");
@@ -234,6 +254,7 @@ mod tests {
         let circumstances = Circumstances {
             command: "cargo xtask bench migrate --quick".into(),
             is_quick: true,
+            patience: Patience { at_most: std::time::Duration::from_secs(60), times: 1 },
             rounds: 3,
             guest_command: None,
             guest_mb: 512,
@@ -244,18 +265,19 @@ mod tests {
             guest_has_core: true,
             has_own_binary: false,
         };
-        let page = render(&summary(&runs), &circumstances, "migrate.svg");
+        let page = render(&summary(&runs), &circumstances, "migrate.svg", "- *Why*: so.\n");
         assert!(!page.contains("distcc") && !page.contains("veth"));
         for expected in [
             "**This is a quick run.**",
             "2 cores; commit abc; QEMU",
+            "- *Why*: so.",
             "## medium, 100 Mbit/s, 20 ms",
             "| godwit | 3/3 | 100.0 (90.0–110.0) | 8.0 (7.2–8.8) |",
             "| bytes on the wire: at most 0.5 of qemu-xbzrle's | 0.33 | met |",
             "| bytes on the wire: at most 1.1 of the floor, 90.0 MB | 1.11 | NOT MET |",
             "| downtime: at most 0.2 of qemu-xbzrle's | 0.33 | NOT MET |",
             "- qemu-postcopy: bytes on the wire 80.0 MB, godwit 100.0 MB",
-            "| qemu-postcopy | `postcopy-ram`; given up after 120 s |",
+            "| qemu-postcopy | `postcopy-ram`; given up after 60 s |",
         ] {
             assert!(page.contains(expected), "{expected}\n{page}");
         }

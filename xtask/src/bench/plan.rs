@@ -10,10 +10,12 @@ use godwit_sim::{
 };
 
 use super::Request;
-use crate::contest::{BUILD_MEMORY_MB, Contender, GODWIT, GUEST_MEMORY_MB, NO_SHARED};
+use crate::contest::{BUILD_MEMORY_MB, Contender, GODWIT, GUEST_MEMORY_MB, NO_SHARED, Patience};
 
 /// What a full bench runs before the real programs.
 const WORKLOADS: [&str; 5] = ["idle", "light", "medium", "heavy", "harsh"];
+/// What nobody has more of in a quick bench.
+const QUICK_LIMIT: Duration = Duration::from_secs(60);
 const QUICK_WORKLOADS: [&str; 2] = ["medium", "heavy"];
 const ONLY_MEDIUM: [&str; 1] = ["medium"];
 /// godwit, and QEMU's best two in bytes and time.
@@ -69,6 +71,8 @@ pub(super) struct Plan {
     chosen: Option<Vec<&'static Contender>>,
     pub(super) rounds: u32,
     pub(super) guest_command: Option<String>,
+    /// It is to be over soon: nobody has much time, but everybody all their turns.
+    pub(super) is_quick: bool,
 }
 
 /// One migration.
@@ -103,6 +107,7 @@ impl Plan {
             chosen: chosen.transpose()?,
             rounds: request.rounds,
             guest_command: request.guest_command.clone(),
+            is_quick: request.quick,
         })
     }
 
@@ -121,6 +126,11 @@ impl Plan {
     /// Whether godwit is among the contenders.
     pub(super) fn has_godwit(&self) -> bool {
         self.chosen.as_ref().is_none_or(|chosen| chosen.iter().any(|contender| contender.is_godwit()))
+    }
+
+    /// How long contenders have over the usual link, alone.
+    pub(super) fn patience(&self) -> Patience {
+        Patience { at_most: if self.is_quick { QUICK_LIMIT } else { Duration::MAX }, ..Patience::USUAL }
     }
 
     /// Memory of each guest.
@@ -315,6 +325,7 @@ mod tests {
         let first: Vec<&str> = turns.iter().take(4).map(|turn| turn.contender.name).collect();
         assert_eq!(first, ["godwit", "qemu-xbzrle", "qemu-multifd-zstd", "godwit"]);
         assert_eq!((turns.len(), turns[3].workload.as_str(), turns[6].round), (18, "heavy", 2));
+        assert_eq!(plan.patience().at_most, QUICK_LIMIT);
     }
 
     #[test]

@@ -248,7 +248,7 @@ impl Group {
 
     /// What godwit was to reach here, and whether it did.
     pub(super) fn verdicts(&self) -> Vec<Verdict> {
-        let Some(godwit) = self.godwit() else { return Vec::new() };
+        let Some(godwit) = self.godwit() else { return self.not_there().into_iter().collect() };
         let mut verdicts: Vec<Verdict> = self
             .shares()
             .iter()
@@ -281,6 +281,14 @@ impl Group {
         let text = format!("guest progress: at least {LEAST_PROGRESS}");
         verdicts.push(alone(Target::at_least(LEAST_PROGRESS, PROGRESS.median(godwit), text)));
         verdicts
+    }
+
+    /// What is told where godwit was given up; `None`: it had no turn.
+    fn not_there(&self) -> Option<Verdict> {
+        let godwit = self.rows.iter().find(|row| row.contender.name == GODWIT)?;
+        let share = godwit.converged as f64 / godwit.rounds as f64;
+        let target = Target::at_least(1.0, Some(share), "the guest gets to the target".into());
+        Some(Verdict { target, limited: false })
     }
 
     /// The shares of QEMU's best that godwit's figures may be.

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 
 use super::{
-    GODWIT, Load, Outcome, Stage, fleet, godwit,
+    GODWIT, Load, Outcome, Patience, Stage, fleet, godwit,
     plain_qemu::{self, Way},
 };
 
@@ -14,6 +14,10 @@ pub(crate) struct Contender {
     means: Means,
 }
 
+/// QEMU as it comes.
+const PLAIN: &str = "qemu-precopy";
+/// The same, but the guest is slowed if it has to be.
+const SLOWING: &str = "qemu-auto-converge";
 /// godwit without its cache across guests.
 pub(crate) const NO_SHARED: &str = "godwit-no-shared";
 
@@ -25,13 +29,11 @@ enum Means {
     Qemu(Way),
 }
 
-const ALL: [Contender; 13] = [
+const ALL: [Contender; 11] = [
     Contender { name: GODWIT, means: Means::Godwit(&[]) },
     Contender { name: "godwit-smart-stop", means: Means::Godwit(&["--stop-policy", "smart-stop"]) },
-    Contender { name: "godwit-inline", means: Means::Godwit(&["--inline"]) },
-    Contender { name: "godwit-connections", means: Means::Godwit(&["--connections", "2"]) },
-    Contender { name: "qemu-precopy", means: Means::Qemu(plain_qemu::PRECOPY) },
-    Contender { name: "qemu-auto-converge", means: Means::Qemu(plain_qemu::AUTO_CONVERGE) },
+    Contender { name: PLAIN, means: Means::Qemu(plain_qemu::PRECOPY) },
+    Contender { name: SLOWING, means: Means::Qemu(plain_qemu::AUTO_CONVERGE) },
     Contender { name: "qemu-xbzrle", means: Means::Qemu(plain_qemu::XBZRLE) },
     Contender { name: "qemu-xbzrle-downtime", means: Means::Qemu(plain_qemu::XBZRLE_DOWNTIME) },
     Contender { name: "qemu-multifd", means: Means::Qemu(plain_qemu::MULTIFD) },
@@ -71,9 +73,12 @@ const TECHNIQUES: [Contender; 10] = [
 ];
 
 /// Those that only some benches have: godwit without what several guests have use of, that each profits from the pages
-/// that others have sent; and QEMU with what costs nothing but processor time, which only the fastest links show.
-const SPECIAL: [Contender; 3] = [
+/// that others have sent; godwit where it can't read the guest's memory, and over two connections; and QEMU with what costs
+/// nothing but processor time, which only the fastest links show.
+const SPECIAL: [Contender; 5] = [
     Contender { name: NO_SHARED, means: Means::Godwit(&["--without", "shared"]) },
+    Contender { name: "godwit-inline", means: Means::Godwit(&["--inline"]) },
+    Contender { name: "godwit-connections", means: Means::Godwit(&["--connections", "2"]) },
     Contender { name: "qemu-precopy-tls", means: Means::Qemu(plain_qemu::PRECOPY_TLS) },
     Contender { name: "qemu-multifd-tls", means: Means::Qemu(plain_qemu::MULTIFD_TLS) },
 ];
@@ -123,12 +128,17 @@ impl Contender {
         matches!(&self.means, Means::Qemu(way) if way.tls)
     }
 
-    /// What it is, in a line for people.
-    pub(crate) fn describe(&self) -> String {
+    /// Whose failure it is for: it isn't needed where that one gets the guest to the target.
+    pub(crate) fn stands_in_for(&self) -> Option<&'static str> {
+        (self.name == SLOWING).then_some(PLAIN)
+    }
+
+    /// What it is, in a line for people; `patience` is what it had.
+    pub(crate) fn describe(&self, patience: Patience) -> String {
         match &self.means {
             Means::Godwit([]) => "as it comes".to_owned(),
             Means::Godwit(options) => format!("`{}`", options.join(" ")),
-            Means::Qemu(way) => way.describe(),
+            Means::Qemu(way) => way.describe(patience),
         }
     }
 

@@ -70,7 +70,7 @@ fn await_reports(
     machines: &[String],
     commands: Vec<Child>,
 ) -> Result<Option<Vec<Value>>> {
-    let deadline = Instant::now() + LIMIT * stage.patience;
+    let deadline = Instant::now() + stage.patience.of(LIMIT);
     let mut reports = Vec::new();
     let mut all_came = true;
     for (machine, command) in machines.iter().zip(commands) {

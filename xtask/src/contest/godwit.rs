@@ -69,7 +69,7 @@ fn migrate(stage: &Stage, hosts: &Hosts, from: &Host, to: &Host, verify: &str) -
         .args(&hosts.options)
         .stdout(Stdio::null())
         .spawn()?;
-    let Some(succeeded) = await_end(command, LIMIT * stage.patience)? else { return Ok(None) };
+    let Some(succeeded) = await_end(command, stage.patience.of(LIMIT))? else { return Ok(None) };
     let migration = hosts.ask(from, &["status", MACHINE])?;
     let report = &migration["report"];
     if !succeeded || report["outcome"] != "completed" {

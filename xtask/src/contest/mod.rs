@@ -50,12 +50,20 @@ pub(crate) struct Stage<'a> {
     pub(crate) migrate: &'a [String],
     /// The program.
     pub(crate) godwit: &'a Path,
-    /// By how much the time is stretched that contenders have.
-    pub(crate) patience: u32,
+    pub(crate) patience: Patience,
     /// godwit moves the guest back, no longer timed, and both memories are compared.
     pub(crate) compares_memories: bool,
     /// The floor of the guest's memory is worked out where godwit has moved it.
     pub(crate) finds_floor: bool,
+}
+
+/// How long contenders have before they are given up.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Patience {
+    /// What nobody has more of.
+    pub(crate) at_most: Duration,
+    /// By how much all that is stretched.
+    pub(crate) times: u32,
 }
 
 /// What the guest does.
@@ -72,6 +80,16 @@ pub(crate) enum Load<'a> {
         /// At least one.
         guests: u8,
     },
+}
+
+impl Patience {
+    /// Everybody's own.
+    pub(crate) const USUAL: Patience = Patience { at_most: Duration::MAX, times: 1 };
+
+    /// What is left of a contender's own.
+    fn of(self, own: Duration) -> Duration {
+        own.min(self.at_most).saturating_mul(self.times)
+    }
 }
 
 impl<'a> Load<'a> {

@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::{
-    DOWNTIME_TARGET, Outcome, Span, Stage,
+    DOWNTIME_TARGET, Outcome, Patience, Span, Stage,
     tls::{self, Credentials},
     watch::{Watch, milliseconds},
 };
@@ -88,8 +88,11 @@ pub(super) const XBZRLE_DOWNTIME: Way = Way {
 /// Over two connections.
 pub(super) const MULTIFD: Way = Way { capabilities: &["multifd"], parameters: &[CHANNELS], ..PRECOPY };
 /// Over two connections, compressed.
-pub(super) const MULTIFD_ZSTD: Way =
-    Way { parameters: &[CHANNELS, ("multifd-compression", Setting::Word("zstd"))], ..MULTIFD };
+pub(super) const MULTIFD_ZSTD: Way = Way {
+    parameters: &[CHANNELS, ("multifd-compression", Setting::Word("zstd"))],
+    limit: Duration::from_secs(120),
+    ..MULTIFD
+};
 /// As it comes, encrypted.
 pub(super) const PRECOPY_TLS: Way = Way { tls: true, ..PRECOPY };
 /// Over two connections, encrypted.
@@ -109,7 +112,7 @@ pub(super) const POSTCOPY: Way = Way {
 
 impl Way {
     /// What it is, in a line for people.
-    pub(super) fn describe(&self) -> String {
+    pub(super) fn describe(&self, patience: Patience) -> String {
         let capabilities =
             self.capabilities.iter().filter(|name| **name != "events").map(|name| format!("`{name}`"));
         let parameters = self.parameters.iter().map(|(name, setting)| match setting {
@@ -120,7 +123,7 @@ impl Way {
         let tls = self.tls.then(|| "QEMU's own TLS with certificates on both sides".to_owned());
         let parts: Vec<String> = capabilities.chain(parameters).chain(channel).chain(tls).collect();
         let what = if parts.is_empty() { "as it comes".to_owned() } else { parts.join(", ") };
-        format!("{what}; given up after {} s", self.limit.as_secs())
+        format!("{what}; given up after {} s", patience.of(self.limit).as_secs())
     }
 }
 
@@ -173,7 +176,7 @@ pub(super) fn run(stage: &Stage, name: &'static str, way: &Way) -> Result<Outcom
     for source in &mut sources {
         source.qmp.execute("migrate", json!({ "uri": way.channel.sending(source.guest) }))?;
     }
-    let arrivals = await_arrivals(&mut sources, &mut targets, way, way.limit * stage.patience)?;
+    let arrivals = await_arrivals(&mut sources, &mut targets, way, stage.patience.of(way.limit))?;
     let complete = arrivals.iter().flatten().map(|arrival| arrival.complete).max();
     let ended = complete.unwrap_or_else(SystemTime::now);
     let mut outcome = watch.outcome(name, Span { started, ended }, before)?;
@@ -346,14 +349,15 @@ mod tests {
 
     #[test]
     fn ways_say_what_they_are() {
-        assert_eq!(PRECOPY.describe(), "as it comes; given up after 60 s");
-        assert_eq!(
-            MULTIFD_ZSTD.describe(),
-            "`multifd`, `multifd-channels` 2, `multifd-compression` zstd; given up after 60 s"
-        );
+        let usual = Patience::USUAL;
+        assert_eq!(PRECOPY.describe(usual), "as it comes; given up after 60 s");
+        let compressed = "`multifd`, `multifd-channels` 2, `multifd-compression` zstd; given up after ";
+        assert_eq!(MULTIFD_ZSTD.describe(usual), format!("{compressed}120 s"));
+        let brief = Patience { at_most: Duration::from_secs(60), ..usual };
+        assert_eq!(MULTIFD_ZSTD.describe(brief), format!("{compressed}60 s"));
         let piped = "`xbzrle`, `xbzrle-cache-size` 268435456, through `zstd -1`; given up after 120 s";
-        assert_eq!(XBZRLE_ZSTD_PIPE.describe(), piped);
+        assert_eq!(XBZRLE_ZSTD_PIPE.describe(usual), piped);
         let encrypted = "QEMU's own TLS with certificates on both sides; given up after 60 s";
-        assert_eq!(PRECOPY_TLS.describe(), encrypted);
+        assert_eq!(PRECOPY_TLS.describe(usual), encrypted);
     }
 }

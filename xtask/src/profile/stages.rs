@@ -121,7 +121,7 @@ impl Volumes {
     /// From the source's report of a migration; what it lacks counts as nothing.
     pub(super) fn of(report: &Value, memory_bytes: u64, wire_bytes: u64) -> Volumes {
         let technique = |name: &str| report["techniques"][name].as_u64().unwrap_or(0);
-        let pages = ["zero", "reference", "partial_reference", "delta", "literal"];
+        let pages = ["zero", "reference", "partial_reference", "shared", "delta", "literal"];
         let pages: u64 = pages.iter().map(|form| technique(&format!("{form}_pages"))).sum();
         Volumes {
             memory_bytes,
