@@ -26,6 +26,7 @@ use crate::{
     product, provenance, setup,
 };
 
+mod foresight;
 mod ledger;
 mod page;
 mod plan;

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::plan::{Link, Turn};
-use crate::contest::{Outcome, Responses, cores::Busy};
+use crate::contest::{Outcome, Range, Responses, cores::Busy};
 
 /// One migration, as `--json` has it. What wasn't measured or forecast is null.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,6 +49,11 @@ pub(super) struct Run {
     pub(super) responses: Option<Responses>,
     pub(super) predicted_total_ms: Option<u64>,
     pub(super) predicted_wire_bytes: Option<u64>,
+    /// The same with what nine of ten outcomes are to be between.
+    #[serde(default)]
+    pub(super) predicted_total_range_ms: Option<Range>,
+    #[serde(default)]
+    pub(super) predicted_wire_range_bytes: Option<Range>,
     /// What godwit counted of the same when it was over: from the worker's start, and payload only.
     #[serde(default)]
     pub(super) reported_total_ms: Option<u64>,
@@ -85,8 +90,10 @@ impl Run {
             beat_gap_ms: outcome.largest_beat_gap.as_secs_f64() * 1e3,
             floor_bytes: outcome.floor_bytes,
             responses: outcome.responses,
-            predicted_total_ms: outcome.predicted.total_ms,
-            predicted_wire_bytes: outcome.predicted.wire_bytes,
+            predicted_total_ms: outcome.predicted.total_ms.map(|range| range.likely),
+            predicted_wire_bytes: outcome.predicted.wire_bytes.map(|range| range.likely),
+            predicted_total_range_ms: outcome.predicted.total_ms,
+            predicted_wire_range_bytes: outcome.predicted.wire_bytes,
             reported_total_ms: outcome.reported.total_ms,
             reported_wire_bytes: outcome.reported.wire_bytes,
             emulator_cpu_share: busy.map(|busy| busy.emulator),
@@ -210,6 +217,8 @@ pub(super) mod tests {
             responses: None,
             predicted_total_ms: None,
             predicted_wire_bytes: None,
+            predicted_total_range_ms: None,
+            predicted_wire_range_bytes: None,
             reported_total_ms: None,
             reported_wire_bytes: None,
             emulator_cpu_share: Some(0.2),
@@ -271,6 +280,8 @@ pub(super) mod tests {
             "responses",
             "reported_total_ms",
             "reported_wire_bytes",
+            "predicted_total_range_ms",
+            "predicted_wire_range_bytes",
             "guests",
             "worst_downtime_ms",
         ];

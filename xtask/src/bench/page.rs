@@ -7,6 +7,7 @@ use godwit_sim::lab::Wiring;
 
 use super::{
     Request, USUAL_RATE_MBIT,
+    foresight::Score,
     ledger::Run,
     plan::{Plan, Rate},
     plot,
@@ -14,7 +15,7 @@ use super::{
     table::{COLUMNS, cells},
 };
 use crate::{
-    contest::{DOWNTIME_TARGET, Patience},
+    contest::{DOWNTIME_TARGET, Patience, Target},
     provenance::{machine, said},
 };
 
@@ -185,6 +186,7 @@ fn render(summary: &Summary, circumstances: &Circumstances, plot: &str, reasons:
         let _ = writeln!(text, "{words}");
     }
     summary.groups.iter().for_each(|group| text.push_str(&section(group)));
+    text.push_str(&foresight(summary));
     text.push_str("## Contenders\n\n| contender | what it is |\n|---|---|\n");
     let mut told = BTreeSet::new();
     for row in summary.groups.iter().flat_map(|group| &group.rows) {
@@ -229,6 +231,21 @@ fn section(group: &Group) -> String {
     text + "\n"
 }
 
+/// Nothing where nothing was forecast.
+fn foresight(summary: &Summary) -> String {
+    let targets: Vec<Target> = summary.foresight.iter().flat_map(Score::targets).collect();
+    if targets.is_empty() {
+        return String::new();
+    }
+    let lines = targets.iter().map(|target| {
+        let verdict = if target.met() { "met" } else { "NOT MET" };
+        line(&[target.text.as_str(), &target.shown(), verdict])
+    });
+    let head = "## Foresight\n\nAll workloads of this page, godwit as it comes; every forecast was made before the first byte, \
+                by an agent without a history.\n\n| target | value | |\n|---|---|---|\n";
+    format!("{head}{}\n", lines.collect::<String>())
+}
+
 fn line<T: AsRef<str>>(cells: &[T]) -> String {
     let cells: Vec<&str> = cells.iter().map(AsRef::as_ref).collect();
     format!("| {} |\n", cells.join(" | "))
@@ -245,10 +262,13 @@ mod tests {
         super::summary::tests::{summary, three},
         *,
     };
+    use crate::contest::Range;
 
     #[test]
     fn a_page_tells_what_was_reached_and_what_was_not() {
         let mut runs = three("godwit", [100, 90, 110]);
+        runs[0].predicted_wire_range_bytes = Some(Range { low: 90, likely: 100, high: 110 });
+        runs[0].reported_wire_bytes = Some(125);
         runs.extend(three("qemu-xbzrle", [300, 290, 310]));
         runs.extend(three("qemu-postcopy", [80, 80, 80]));
         let circumstances = Circumstances {
@@ -276,6 +296,7 @@ mod tests {
             "| bytes on the wire: at most 0.5 of qemu-xbzrle's | 0.33 | met |",
             "| bytes on the wire: at most 1.1 of the floor, 90.0 MB | 1.11 | NOT MET |",
             "| downtime: at most 0.2 of qemu-xbzrle's | 0.33 | NOT MET |",
+            "| forecast of bytes, 1 runs: outcomes within the interval, at least 0.9 | 0.00 | NOT MET |",
             "- qemu-postcopy: bytes on the wire 80.0 MB, godwit 100.0 MB",
             "| qemu-postcopy | `postcopy-ram`; given up after 60 s |",
         ] {

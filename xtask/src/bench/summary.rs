@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::{
+    foresight::{self, FORECAST_ERROR, Score, share_off},
     ledger::Run,
     plan::{Link, Plan, Rate},
 };
@@ -29,8 +30,6 @@ const RESPONSE_SHARE: f64 = 1.0;
 const RESPONSE_SHARE_OF_UNDISTURBED: f64 = 1.25;
 /// What godwit's bytes may be of the least that the guest's memory takes, compressed at rest.
 const FLOOR_SHARE: f64 = 1.1;
-/// By how much of what comes a forecast may be wrong, in the median.
-const FORECAST_ERROR: f64 = 0.1;
 /// The share from which on the machine limits, and not the link.
 const BUSY: f64 = 0.8;
 /// What others may use of the machine before figures say more about them.
@@ -104,6 +103,8 @@ pub(super) struct Verdict {
 #[derive(Debug)]
 pub(super) struct Summary {
     pub(super) groups: Vec<Group>,
+    /// Of all runs of godwit as it comes.
+    pub(super) foresight: Vec<Score>,
 }
 
 impl Spread {
@@ -165,11 +166,6 @@ impl Row {
     fn is_rival(&self) -> bool {
         !self.contender.is_godwit() && !self.contender.is_postcopy() && self.always_converged()
     }
-}
-
-/// By which share of what came a forecast was wrong.
-fn share_off(predicted: u64, came: u64) -> Option<f64> {
-    (came > 0).then(|| (predicted as f64 / came as f64 - 1.0).abs())
 }
 
 impl RowResponses {
@@ -418,7 +414,9 @@ impl Summary {
             }
         }
         groups.retain(|group| !group.rows.is_empty());
-        Summary { groups }
+        let asked_for =
+            |run: &&Run| plan.workloads.contains(&run.workload) && plan.links.contains(&run.link());
+        Summary { groups, foresight: foresight::scores(runs.iter().filter(asked_for)) }
     }
 }
 

@@ -2,7 +2,10 @@
 
 use std::fmt::Write as _;
 
-use super::summary::{Group, Row, Spread, Summary};
+use super::{
+    foresight::Score,
+    summary::{Group, Row, Spread, Summary},
+};
 
 /// What a table tells of a contender.
 pub(super) const COLUMNS: [&str; 10] = [
@@ -65,6 +68,10 @@ pub(super) fn render(summary: &Summary) -> String {
             let _ = writeln!(text, "QEMU does better: {line}");
         }
         text.push('\n');
+    }
+    for target in summary.foresight.iter().flat_map(Score::targets) {
+        let verdict = if target.met() { "met" } else { "NOT MET" };
+        let _ = writeln!(text, "{:<78}{:>9}  {verdict}", target.text, target.shown());
     }
     text
 }

@@ -7,10 +7,11 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use godwit_sim::{lab::Place, observer::BeatListener};
+use serde::Deserialize;
 use serde_json::Value;
 
 use super::{
-    Account, DOWNTIME_TARGET, Outcome, Span, Stage,
+    Account, DOWNTIME_TARGET, Forecast, Outcome, Range, Span, Stage,
     hosts::{Host, Hosts, MACHINE},
     watch::Watch,
 };
@@ -100,9 +101,9 @@ pub(super) fn resumed(report: &Value) -> Option<SystemTime> {
 }
 
 /// What the report says was forecast before the first byte.
-fn prediction(report: &Value) -> Account {
-    let likely = |figure: &str| report["forecast"][figure]["likely"].as_u64();
-    Account { total_ms: likely("total_ms"), wire_bytes: likely("wire_bytes") }
+fn prediction(report: &Value) -> Forecast {
+    let range = |figure: &str| Range::deserialize(&report["forecast"][figure]).ok();
+    Forecast { total_ms: range("total_ms"), wire_bytes: range("wire_bytes") }
 }
 
 /// What the report says of itself.
@@ -127,8 +128,9 @@ mod tests {
     fn a_forecast_is_read_where_there_is_one() {
         let range = json!({ "low": 1, "likely": 2, "high": 3 });
         let report = json!({ "forecast": { "total_ms": range, "downtime_ms": range } });
-        assert_eq!(prediction(&report), Account { total_ms: Some(2), wire_bytes: None });
-        assert_eq!(prediction(&json!({ "forecast": null })), Account::default());
+        let total_ms = Some(Range { low: 1, likely: 2, high: 3 });
+        assert_eq!(prediction(&report), Forecast { total_ms, wire_bytes: None });
+        assert_eq!(prediction(&json!({ "forecast": null })), Forecast::default());
         let report = json!({ "total_ms": 3, "wire_bytes": 4, "forecast": null });
         assert_eq!(reported(&report), Account { total_ms: Some(3), wire_bytes: Some(4) });
     }

@@ -26,7 +26,7 @@ pub(crate) mod watch;
 
 pub(crate) use self::{
     contender::{Contender, NO_SHARED},
-    outcome::{Account, Outcome},
+    outcome::{Account, Forecast, Outcome, Range},
     responses::Responses,
     target::Target,
     watch::Span,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::{Responses, Span};
@@ -40,7 +40,7 @@ pub(crate) struct Outcome {
     pub(crate) responses: Option<Responses>,
     /// What it said it would be, before it sent anything.
     #[serde(skip)]
-    pub(crate) predicted: Account,
+    pub(crate) predicted: Forecast,
     /// What it said of the same figures when it was over: payload, and the time from the worker's start.
     #[serde(skip)]
     pub(crate) reported: Account,
@@ -49,7 +49,22 @@ pub(crate) struct Outcome {
     pub(crate) report: Option<Value>,
 }
 
-/// What godwit says of a migration, before or after it, as far as it says something.
+/// What godwit says of a migration before it, as far as it says something.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Forecast {
+    pub(crate) total_ms: Option<Range>,
+    pub(crate) wire_bytes: Option<Range>,
+}
+
+/// A figure that isn't known yet: nine of ten outcomes are to be between the outer two.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Range {
+    pub(crate) low: u64,
+    pub(crate) likely: u64,
+    pub(crate) high: u64,
+}
+
+/// The same figures when it is over.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Account {
     pub(crate) total_ms: Option<u64>,
@@ -89,7 +104,7 @@ mod tests {
             span: Span { started: now, ended: now },
             floor_bytes: None,
             responses: None,
-            predicted: Account::default(),
+            predicted: Forecast::default(),
             reported: Account::default(),
             report: None,
         };

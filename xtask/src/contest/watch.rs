@@ -14,7 +14,7 @@ use godwit_sim::{
     web_client::WebClient,
 };
 
-use super::{Account, Load, Outcome, Responses, Stage, guest_address};
+use super::{Account, Forecast, Load, Outcome, Responses, Stage, guest_address};
 
 /// Where the guest is.
 pub(crate) const GUEST_ADDRESS: Ipv4Addr = FIRST_GUEST_ADDRESS;
@@ -121,7 +121,7 @@ impl<'a> Watch<'a> {
             span,
             floor_bytes: None,
             responses: self.responses(span),
-            predicted: Account::default(),
+            predicted: Forecast::default(),
             reported: Account::default(),
             report: None,
         })

@@ -76,7 +76,7 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::contest::{Account, Span};
+    use crate::contest::{Account, Forecast, Span};
 
     fn outcome(contender: &'static str, converged: bool, wire_bytes: u64, downtime_ms: f64) -> Outcome {
         Outcome {
@@ -92,7 +92,7 @@ mod tests {
             span: Span { started: SystemTime::UNIX_EPOCH, ended: SystemTime::UNIX_EPOCH },
             floor_bytes: None,
             responses: None,
-            predicted: Account::default(),
+            predicted: Forecast::default(),
             reported: Account::default(),
             report: None,
         }
