@@ -11,14 +11,14 @@ use std::{collections::BTreeMap, path::PathBuf};
 
 use anyhow::{Result, bail};
 use godwit_sim::{
-    guest_image::{BUILD, GuestImage, Program, workspace},
+    guest_image::{BUILD, GuestImage, workspace},
     lab::Lab,
 };
 
 use self::{
     ledger::{Ledger, Run},
     page::Circumstances,
-    plan::{Plan, Rate, Turn},
+    plan::{Field, Plan, Rate, Turn},
     summary::Summary,
 };
 use crate::{
@@ -38,6 +38,8 @@ mod table;
 const PAGE: &str = "docs/bench/migrate.md";
 /// The page that the bench of several guests writes.
 const GUESTS_PAGE: &str = "docs/bench/guests.md";
+/// The page that a burst writes.
+const BURST_PAGE: &str = "docs/bench/burst.md";
 /// The rate that contenders' times are made for; over slower links they have more.
 const USUAL_RATE_MBIT: u64 = 100;
 
@@ -54,16 +56,20 @@ pub(crate) struct Request {
     /// Only medium and heavy; godwit and QEMU's best two (15 minutes).
     #[arg(long)]
     quick: bool,
-    /// Only medium, godwit and QEMU's best on each link; links of many rates and round trips (hours).
-    #[arg(long, conflicts_with_all = ["quick", "rate", "round_trip"])]
+    /// Only medium, godwit and QEMU's best on each link; links of many rates and round trips, one that loses packets, guests of
+    /// many sizes (hours).
+    #[arg(long, conflicts_with_all = ["quick", "rate", "round_trip", "loss", "guest_mb"])]
     sweep: bool,
     /// Only medium; godwit with each technique alone, and with each left out.
     #[arg(long, conflicts_with_all = ["quick", "sweep"])]
     techniques: bool,
     /// Move so many guests of 256 MB at once, which do one build together; godwit as it comes and without its cache across
     /// guests, and QEMU's best two.
-    #[arg(long, value_delimiter = ',', value_name = "NUMBERS", conflicts_with_all = ["quick", "sweep", "techniques", "workloads", "guest_command"])]
+    #[arg(long, value_delimiter = ',', value_name = "NUMBERS", conflicts_with_all = ["quick", "sweep", "techniques", "workloads", "guest_command", "guest_mb"])]
     guests: Vec<u8>,
+    /// Only the web server's guest, from a host where it shares its core to one where it doesn't (CloudNet's cloud burst).
+    #[arg(long, conflicts_with_all = ["quick", "sweep", "techniques", "guests", "workloads", "rate", "round_trip", "loss", "guest_mb", "guest_command"])]
+    burst: bool,
     /// Only these contenders.
     #[arg(long, value_delimiter = ',', value_name = "NAMES")]
     contenders: Vec<String>,
@@ -79,6 +85,12 @@ pub(crate) struct Request {
     /// Round trip of the link, milliseconds [default: 20, and 0 for an unlimited link].
     #[arg(long)]
     round_trip: Option<u64>,
+    /// Packets of a thousand that the link loses.
+    #[arg(long, default_value_t = 0, value_name = "PER_MILLE", value_parser = clap::value_parser!(u16).range(0..=500))]
+    loss: u16,
+    /// Memory of the guest, MB; several are benched one after the other [default: 512].
+    #[arg(long, value_delimiter = ',', value_name = "MB")]
+    guest_mb: Vec<u64>,
     /// Run this in the guest instead of a workload, again and again (a shell's command); its progress is the lines that it
     /// prints, else that of a beat.
     #[arg(long, value_name = "CMD", conflicts_with_all = ["workloads", "sweep"])]
@@ -98,8 +110,12 @@ impl Request {
     /// Whether everything is to be run, so that the result is what the docs show.
     fn is_full(&self) -> bool {
         let chosen = !self.workloads.is_empty() || self.guest_command.is_some();
-        let is_usual = self.rate == Rate::MegabitsPerSecond(USUAL_RATE_MBIT) && self.round_trip.is_none();
-        !(self.quick || self.sweep || self.techniques || chosen) && self.contenders.is_empty() && is_usual
+        let is_usual = self.rate == Rate::MegabitsPerSecond(USUAL_RATE_MBIT)
+            && (self.round_trip, self.loss) == (None, 0)
+            && self.guest_mb.is_empty();
+        !(self.quick || self.sweep || self.techniques || self.burst || chosen)
+            && self.contenders.is_empty()
+            && is_usual
     }
 }
 
@@ -121,8 +137,13 @@ pub(crate) fn run(bench: &Bench) -> Result<()> {
     let broken = arena.carry_out(&plan, &mut ledger)?;
     let summary = Summary::of(&plan, ledger.runs());
     print!("\n{}", table::render(&summary));
-    let standard = if request.guests.is_empty() { PAGE } else { GUESTS_PAGE };
-    let standard = request.is_full().then(|| workspace().join(standard));
+    let standard = match request {
+        _ if request.burst => Some(BURST_PAGE),
+        _ if !request.is_full() => None,
+        _ if request.guests.is_empty() => Some(PAGE),
+        _ => Some(GUESTS_PAGE),
+    };
+    let standard = standard.map(|page| workspace().join(page));
     if let Some(path) = request.page.clone().or(standard) {
         let circumstances = Circumstances::of(request, &plan, ledger.runs(), arena.cores.is_some());
         page::write(&path, &summary, &circumstances)?;
@@ -179,21 +200,24 @@ impl Arena {
     }
 
     fn take(&self, turn: &Turn, patience: Patience) -> Result<Run> {
-        let lab = Lab::wired(turn.link.wiring())?;
-        let slowness = turn.link.rate.megabits_per_second().map_or(1, |rate| USUAL_RATE_MBIT.div_ceil(rate));
-        let times = slowness.try_into().unwrap_or(u32::MAX).saturating_mul(turn.guests.into());
+        let Field { link, guests, guest_mb } = turn.field;
+        let lab = Lab::wired(link.wiring())?;
+        let slowness = link.rate.megabits_per_second().map_or(1, |rate| USUAL_RATE_MBIT.div_ceil(rate));
+        let times = slowness.try_into().unwrap_or(u32::MAX).saturating_mul(guests.into());
         let stage = Stage {
             lab: &lab,
-            image: self.program_images.get(turn.workload.as_str()).unwrap_or(&self.image),
-            load: match (&turn.guest_command, Program::named(&turn.workload)) {
+            image: turn.program().and_then(|it| self.program_images.get(it.name)).unwrap_or(&self.image),
+            load: match (&turn.guest_command, turn.program()) {
                 (Some(command), _) => Load::Command(command),
-                (None, Some(program)) if *program == BUILD => Load::Build { guests: turn.guests },
+                (None, Some(program)) if *program == BUILD => Load::Build { guests },
                 (None, Some(program)) => Load::Program(program),
                 (None, None) => Load::Workload(&turn.workload),
             },
+            memory_mb: guest_mb,
             migrate: &[],
             godwit: &self.godwit,
             patience: Patience { times, ..patience },
+            is_burst: turn.is_burst(),
             compares_memories: false,
             finds_floor: true,
         };

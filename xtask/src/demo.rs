@@ -64,9 +64,11 @@ pub(crate) fn run(request: &Request) -> Result<()> {
         lab: &lab,
         image: &image,
         load: Load::Workload(&request.workload),
+        memory_mb: GUEST_MEMORY_MB,
         migrate: &request.migrate,
         godwit: &godwit,
         patience: Patience::USUAL,
+        is_burst: false,
         compares_memories: true,
         finds_floor: false,
     };

@@ -70,9 +70,11 @@ pub(crate) fn run(subject: &Subject) -> Result<()> {
         lab: &lab,
         image: &image,
         load: Load::Workload(&request.workload),
+        memory_mb: GUEST_MEMORY_MB,
         migrate: &[],
         godwit: &godwit,
         patience: Patience::USUAL,
+        is_burst: false,
         compares_memories: false,
         finds_floor: false,
     };

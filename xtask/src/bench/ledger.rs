@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
-use super::plan::{Link, Turn};
+use super::plan::{Field, Link, Turn};
 use crate::contest::{Outcome, Range, Responses, cores::Busy};
 
 /// One migration, as `--json` has it. What wasn't measured or forecast is null.
@@ -20,6 +20,8 @@ pub(super) struct Run {
     /// Null: unlimited.
     pub(super) link_mbit: Option<u64>,
     pub(super) rtt_ms: u64,
+    #[serde(default)]
+    pub(super) loss_per_mille: u16,
     /// How many were moved at once.
     #[serde(default = "one")]
     pub(super) guests: u8,
@@ -76,10 +78,11 @@ impl Run {
             contender: turn.contender.name.to_owned(),
             workload: turn.workload.clone(),
             guest_command: turn.guest_command.clone(),
-            link_mbit: turn.link.rate.megabits_per_second(),
-            rtt_ms: turn.link.round_trip_ms,
-            guests: turn.guests,
-            guest_mb: turn.guest_mb(),
+            link_mbit: turn.field.link.rate.megabits_per_second(),
+            rtt_ms: turn.field.link.round_trip_ms,
+            loss_per_mille: turn.field.link.loss_per_mille,
+            guests: turn.field.guests,
+            guest_mb: turn.field.guest_mb,
             round: turn.round,
             converged: outcome.converged,
             wire_bytes: outcome.wire_bytes,
@@ -103,8 +106,10 @@ impl Run {
         }
     }
 
-    pub(super) fn link(&self) -> Link {
-        Link { rate: self.link_mbit.into(), round_trip_ms: self.rtt_ms }
+    pub(super) fn field(&self) -> Field {
+        let rate = self.link_mbit.into();
+        let link = Link { rate, round_trip_ms: self.rtt_ms, loss_per_mille: self.loss_per_mille };
+        Field { link, guests: self.guests, guest_mb: self.guest_mb }
     }
 
     fn is_of(&self, turn: &Turn) -> bool {
@@ -115,8 +120,7 @@ impl Run {
     fn is_beside(&self, turn: &Turn) -> bool {
         self.workload == turn.workload
             && self.guest_command == turn.guest_command
-            && self.link() == turn.link
-            && (self.guests, self.guest_mb) == (turn.guests, turn.guest_mb())
+            && self.field() == turn.field
     }
 }
 
@@ -192,7 +196,7 @@ impl Ledger {
 
 #[cfg(test)]
 pub(super) mod tests {
-    use super::{super::plan::Rate, *};
+    use super::*;
     use crate::contest::{Contender, GUEST_MEMORY_MB};
 
     /// A run over 100 Mbit/s and 20 ms.
@@ -203,6 +207,7 @@ pub(super) mod tests {
             guest_command: None,
             link_mbit: Some(100),
             rtt_ms: 20,
+            loss_per_mille: 0,
             guests: 1,
             guest_mb: GUEST_MEMORY_MB,
             round,
@@ -232,18 +237,18 @@ pub(super) mod tests {
     fn a_ledger_goes_on_where_it_was() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("bench.json");
-        let link = Link { rate: Rate::MegabitsPerSecond(100), round_trip_ms: 20 };
+        let field = run("qemu-xbzrle", "medium", 1, 300).field();
         let contender = Contender::named("qemu-xbzrle").unwrap();
         let workload = || "medium".to_owned();
-        let turn =
-            |round| Turn { link, workload: workload(), guests: 1, guest_command: None, contender, round };
+        let turn = |round| Turn { field, workload: workload(), guest_command: None, contender, round };
         let mut ledger = Ledger::open(Some(&path)).unwrap();
         ledger.enter(run("qemu-xbzrle", "medium", 1, 300)).unwrap();
         let mut ledger = Ledger::open(Some(&path)).unwrap();
         assert!(ledger.has(&turn(1)) && !ledger.has(&turn(2)));
-        let other_link = Link { rate: Rate::Unlimited, ..link };
-        assert!(!ledger.has(&Turn { link: other_link, ..turn(1) }));
-        assert!(!ledger.has(&Turn { guests: 2, ..turn(1) }));
+        let lossy = Link { loss_per_mille: 1, ..field.link };
+        let others =
+            [Field { link: lossy, ..field }, Field { guests: 2, ..field }, Field { guest_mb: 256, ..field }];
+        assert!(others.iter().all(|other| !ledger.has(&Turn { field: *other, ..turn(1) })));
         ledger.enter(run("qemu-xbzrle", "medium", 2, 310)).unwrap();
         assert_eq!(Ledger::open(Some(&path)).unwrap().runs(), ledger.runs());
         std::fs::write(&path, "{}").unwrap();
@@ -254,9 +259,8 @@ pub(super) mod tests {
     fn who_was_given_up_and_who_is_not_needed_has_no_further_turn() {
         let mut ledger = Ledger::open(None).unwrap();
         let turn = |name, workload: &str, round| Turn {
-            link: Link { rate: Rate::MegabitsPerSecond(100), round_trip_ms: 20 },
+            field: run(name, workload, round, 0).field(),
             workload: workload.to_owned(),
-            guests: 1,
             guest_command: None,
             contender: Contender::named(name).unwrap(),
             round,
@@ -283,6 +287,7 @@ pub(super) mod tests {
             "predicted_total_range_ms",
             "predicted_wire_range_bytes",
             "guests",
+            "loss_per_mille",
             "worst_downtime_ms",
         ];
         for newer in newer {

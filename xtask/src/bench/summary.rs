@@ -5,9 +5,9 @@ use std::fmt;
 use super::{
     foresight::{self, FORECAST_ERROR, Score, share_off},
     ledger::Run,
-    plan::{Link, Plan, Rate},
+    plan::{Field, Link, Plan, Rate},
 };
-use crate::contest::{Contender, GODWIT, NO_SHARED, Responses, Target};
+use crate::contest::{Contender, GODWIT, Means, NO_SHARED, Responses, Target};
 
 /// The workloads on which godwit is held against shares of QEMU's figures.
 const JUDGED_BY_SHARE: [&str; 2] = ["medium", "heavy"];
@@ -79,6 +79,8 @@ pub(super) struct RowResponses {
     pub(super) undisturbed_p99_ms: Spread,
     pub(super) moving_p99_ms: Spread,
     pub(super) longest_gap_ms: Spread,
+    /// Averages before, during and after the move.
+    pub(super) means_ms: Option<[Spread; 3]>,
     /// The 99th percentiles, that during the move as a share of that before, run by run.
     pub(super) moving_share: Spread,
 }
@@ -86,9 +88,8 @@ pub(super) struct RowResponses {
 /// Contenders that did the same.
 #[derive(Debug)]
 pub(super) struct Group {
-    pub(super) link: Link,
+    pub(super) field: Field,
     pub(super) workload: String,
-    pub(super) guests: u8,
     pub(super) rows: Vec<Row>,
 }
 
@@ -178,9 +179,22 @@ impl RowResponses {
             undisturbed_p99_ms: spread(|seen| seen.undisturbed_p99_ms)?,
             moving_p99_ms: spread(|seen| seen.moving_p99_ms)?,
             longest_gap_ms: spread(|seen| seen.longest_gap_ms)?,
+            means_ms: means_of(&all),
             moving_share: spread(|seen| seen.moving_p99_ms / seen.undisturbed_p99_ms)?,
         })
     }
+}
+
+/// `None`: runs of before they were kept.
+fn means_of(all: &[Responses]) -> Option<[Spread; 3]> {
+    let spread = |figure: fn(&Means) -> f64| {
+        Spread::of(all.iter().filter_map(|seen| seen.means).map(|it| figure(&it)))
+    };
+    Some([
+        spread(|means| means.undisturbed_ms)?,
+        spread(|means| means.moving_ms)?,
+        spread(|means| means.afterwards_ms)?,
+    ])
 }
 
 impl fmt::Display for RowResponses {
@@ -192,7 +206,10 @@ impl fmt::Display for RowResponses {
             self.undisturbed_p99_ms.shown(1),
             self.moving_p99_ms.shown(1),
             self.longest_gap_ms.shown(0),
-        )
+        )?;
+        let Some(means) = self.means_ms else { return Ok(()) };
+        let [before, moving, afterwards] = means.map(|mean| mean.shown(1));
+        write!(formatter, "; on average {before} before, {moving} while moved, {afterwards} afterwards")
     }
 }
 
@@ -258,7 +275,7 @@ impl Group {
             let value = WIRE.median(godwit).map(|own| own / floor.median);
             verdicts.push(alone(Target::at_most(FLOOR_SHARE, value, text)));
         }
-        if self.link.round_trip_ms == PAUSE_ROUND_TRIP_MS {
+        if self.field.link.round_trip_ms == PAUSE_ROUND_TRIP_MS {
             let limit = (PAUSE_ROUND_TRIP_MS + PAUSE_OVER_ROUND_TRIP_MS) as f64;
             let text = format!("downtime, ms: at most one round trip + {PAUSE_OVER_ROUND_TRIP_MS}");
             verdicts.push(alone(Target::at_most(limit, DOWNTIME.median(godwit), text)));
@@ -289,11 +306,11 @@ impl Group {
 
     /// The shares of QEMU's best that godwit's figures may be.
     fn shares(&self) -> Vec<(Metric, f64)> {
-        if self.guests > 1 {
-            if self.guests == JUDGED_GUESTS { vec![(WIRE, GUESTS_WIRE_SHARE)] } else { Vec::new() }
-        } else if self.link.rate == Rate::Unlimited {
+        if self.field.guests > 1 {
+            if self.field.guests == JUDGED_GUESTS { vec![(WIRE, GUESTS_WIRE_SHARE)] } else { Vec::new() }
+        } else if self.field.link.rate == Rate::Unlimited {
             vec![(TOTAL, 1.0)]
-        } else if self.link.is_fast() {
+        } else if self.field.link.is_fast() {
             vec![(TOTAL, 1.0), (DOWNTIME, 1.0)]
         } else if self.is_judged_by_share() {
             vec![(WIRE, WIRE_SHARE), (TOTAL, TOTAL_SHARE), (DOWNTIME, DOWNTIME_SHARE)]
@@ -325,7 +342,7 @@ impl Group {
     /// `None`: nobody did without the cache across guests, or there are too few of them.
     fn against_apart(&self, godwit: &Row) -> Option<Verdict> {
         let is_apart = |row: &&Row| row.contender.name == NO_SHARED && row.always_converged();
-        let apart = self.rows.iter().filter(|_| self.guests == JUDGED_GUESTS).find(is_apart)?;
+        let apart = self.rows.iter().filter(|_| self.field.guests == JUDGED_GUESTS).find(is_apart)?;
         let text = format!("{}: at most {GUESTS_WIRE_SHARE_OF_APART} of {NO_SHARED}'s", WIRE.name);
         let value = WIRE.median(godwit).zip(WIRE.median(apart)).map(|(own, apart)| own / apart);
         Some(Verdict {
@@ -336,8 +353,7 @@ impl Group {
 
     /// What they were and did.
     pub(super) fn title(&self) -> String {
-        let guests = if self.guests > 1 { format!(", {} guests", self.guests) } else { String::new() };
-        format!("{}{guests}, {}", self.workload, self.link)
+        format!("{}, {}", self.workload, self.field)
     }
 
     /// Says so if something else ran on the machine.
@@ -351,7 +367,7 @@ impl Group {
 
     /// How little several guests' memories take together, where godwit has moved them.
     pub(super) fn floor(&self) -> Option<String> {
-        let row = self.godwit().filter(|_| self.guests > 1)?;
+        let row = self.godwit().filter(|_| self.field.guests > 1)?;
         let (floor, wire) = (row.floor_mb?.median, row.wire_mb?.median);
         let times = wire / floor;
         Some(format!(
@@ -398,24 +414,24 @@ impl Summary {
     /// Sums up the runs that the plan asks for.
     pub(super) fn of(plan: &Plan, runs: &[Run]) -> Summary {
         let mut groups = Vec::new();
-        for (link, guests) in plan.fields() {
+        for &field in &plan.fields {
             for workload in &plan.workloads {
                 let row = |contender: &'static Contender| {
                     let of_row: Vec<&Run> = runs
                         .iter()
-                        .filter(|run| run.link() == link && run.workload == *workload)
-                        .filter(|run| run.guests == guests && run.guest_command == plan.guest_command)
+                        .filter(|run| run.field() == field && run.workload == *workload)
+                        .filter(|run| run.guest_command == plan.guest_command)
                         .filter(|run| run.contender == contender.name && run.round <= plan.rounds)
                         .collect();
-                    (!of_row.is_empty()).then(|| Row::of(contender, link, &of_row))
+                    (!of_row.is_empty()).then(|| Row::of(contender, field.link, &of_row))
                 };
-                let rows: Vec<Row> = plan.contenders(link).into_iter().filter_map(row).collect();
-                groups.push(Group { link, workload: workload.clone(), guests, rows });
+                let rows: Vec<Row> = plan.contenders(field.link).into_iter().filter_map(row).collect();
+                groups.push(Group { field, workload: workload.clone(), rows });
             }
         }
         groups.retain(|group| !group.rows.is_empty());
         let asked_for =
-            |run: &&Run| plan.workloads.contains(&run.workload) && plan.links.contains(&run.link());
+            |run: &&Run| plan.workloads.contains(&run.workload) && plan.fields.contains(&run.field());
         Summary { groups, foresight: foresight::scores(runs.iter().filter(asked_for)) }
     }
 }
@@ -487,6 +503,7 @@ pub(super) mod tests {
             undisturbed_p99_ms: 4.0,
             moving_p99_ms,
             longest_gap_ms: 130.0,
+            means: Some(Means { undisturbed_ms: 2.5, moving_ms: 3.0, afterwards_ms: 1.5 }),
         };
         let mut runs = three("godwit", [100, 100, 100]);
         runs.extend(three("qemu-xbzrle", [300, 300, 300]));
@@ -502,7 +519,9 @@ pub(super) mod tests {
         assert!(judged.iter().all(|verdict| verdict.to_string() == "NOT MET"));
         assert!(judged[0].target.text.ends_with("at most 1 of qemu-xbzrle's"));
         let told = &summary.groups[0].responses()[0];
-        assert!(told.ends_with("p99 5.2 (5.0–6.0); longest gap 130"), "{told}");
+        let expected =
+            "p99 5.2 (5.0–6.0); longest gap 130; on average 2.5 before, 3.0 while moved, 1.5 afterwards";
+        assert!(told.ends_with(expected), "{told}");
     }
 
     #[test]
@@ -521,6 +540,7 @@ pub(super) mod tests {
     fn four_guests_are_held_against_qemu_and_against_a_cache_for_each() {
         let built = |contender: &str, megabytes| Run {
             guests: 4,
+            guest_mb: 256,
             worst_downtime_ms: Some(90.0),
             ..run(contender, "build", 1, megabytes)
         };

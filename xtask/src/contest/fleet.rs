@@ -26,9 +26,9 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     let command_lines = stage.command_lines(beat.address());
     let machines: Vec<String> = (0..stage.load.guests()).map(|guest| format!("build{guest}")).collect();
     for (machine, command_line) in machines.iter().zip(&command_lines) {
-        hosts.boot_machine(machine, stage.load.memory_mb(), stage.image, command_line)?;
+        hosts.boot_machine(machine, stage.memory_mb, stage.image, command_line)?;
     }
-    let watch = Watch::start(stage, beat)?;
+    let mut watch = Watch::start(stage, beat)?;
     let before = watch.wire_bytes()?;
     let started = SystemTime::now();
     let commands: Vec<Child> =
@@ -42,7 +42,7 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
         outcome.converge(reports.iter().filter_map(|report| report["downtime_ms"].as_f64()).collect());
         if stage.finds_floor {
             let machines: Vec<&str> = machines.iter().map(String::as_str).collect();
-            outcome.floor_bytes = Some(hosts.b.memory_floor(&machines, stage.load.memory_mb())?);
+            outcome.floor_bytes = Some(hosts.b.memory_floor(&machines, stage.memory_mb)?);
         }
         println!("  {}", watch.check()?);
     }

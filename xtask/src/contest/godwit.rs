@@ -26,8 +26,8 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     let mut hosts = Hosts::start(stage)?;
     hosts.options.extend(options.iter().map(|option| (*option).to_owned()));
     let beat = BeatListener::start(&stage.lab.namespace(Place::Lan))?;
-    hosts.boot(stage.image, &stage.command_line(beat.address()))?;
-    let watch = Watch::start(stage, beat)?;
+    hosts.boot_machine(MACHINE, stage.memory_mb, stage.image, &stage.command_line(beat.address()))?;
+    let mut watch = Watch::start(stage, beat)?;
     let before = watch.wire_bytes()?;
     let started = SystemTime::now();
     let report = migrate(stage, &hosts, &hosts.a, &hosts.b, "digest");
@@ -41,7 +41,7 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     outcome.reported = reported(&report);
     outcome.report = Some(report);
     if stage.finds_floor {
-        outcome.floor_bytes = Some(hosts.b.memory_floor(&[MACHINE], stage.load.memory_mb())?);
+        outcome.floor_bytes = Some(hosts.b.memory_floor(&[MACHINE], stage.memory_mb)?);
     }
     println!("  {}", watch.check()?);
     if stage.compares_memories {

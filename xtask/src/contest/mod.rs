@@ -27,7 +27,7 @@ pub(crate) mod watch;
 pub(crate) use self::{
     contender::{Contender, NO_SHARED},
     outcome::{Account, Forecast, Outcome, Range},
-    responses::Responses,
+    responses::{Means, Responses},
     target::Target,
     watch::Span,
 };
@@ -46,11 +46,15 @@ pub(crate) struct Stage<'a> {
     pub(crate) lab: &'a Lab,
     pub(crate) image: &'a GuestImage,
     pub(crate) load: Load<'a>,
+    /// Of each guest.
+    pub(crate) memory_mb: u64,
     /// More options for `godwit migrate`.
     pub(crate) migrate: &'a [String],
     /// The program.
     pub(crate) godwit: &'a Path,
     pub(crate) patience: Patience,
+    /// At host a the guest shares its core with something that never rests, at host b it has it to itself (CloudNet, 6.5.4).
+    pub(crate) is_burst: bool,
     /// godwit moves the guest back, no longer timed, and both memories are compared.
     pub(crate) compares_memories: bool,
     /// The floor of the guest's memory is worked out where godwit has moved it.
@@ -98,14 +102,6 @@ impl<'a> Load<'a> {
         match self {
             Load::Build { guests } => guests,
             _ => 1,
-        }
-    }
-
-    /// Memory of each guest.
-    pub(crate) fn memory_mb(self) -> u64 {
-        match self {
-            Load::Build { .. } => BUILD_MEMORY_MB,
-            _ => GUEST_MEMORY_MB,
         }
     }
 
@@ -163,6 +159,6 @@ mod tests {
         let command = |guest| GuestImage::command_word(&format!("/programs/build {guest} 4"));
         assert!(lines[0].ends_with(&format!("address=10.78.0.10 observer=10.78.0.1:9000{}", command(0))));
         assert!(lines[1].ends_with(&format!("address=10.78.0.13{}", command(3))), "{}", lines[1]);
-        assert_eq!((load.guests(), load.memory_mb()), (4, 256));
+        assert_eq!(load.guests(), 4);
     }
 }

@@ -166,7 +166,7 @@ pub(super) fn run(stage: &Stage, name: &'static str, way: &Way) -> Result<Outcom
         guests.map(start).collect::<Result<Vec<Machine>>>()
     };
     let mut sources = start(Place::A)?;
-    let watch = Watch::start(stage, beat)?;
+    let mut watch = Watch::start(stage, beat)?;
     let mut targets = start(Place::B)?;
     for target in &mut targets {
         target.qmp.execute("migrate-incoming", json!({ "uri": way.channel.listening(target.guest) }))?;
@@ -328,7 +328,7 @@ fn command(stage: &Stage, guest: u8, command_line: &str, socket: &Path) -> Comma
         .args(["-machine", "pc,accel=tcg", "-smp", "1", "-nodefaults", "-display", "none", "-no-reboot"])
         // Names the thread of the guest's processor, so that it can be told from the others.
         .args(["-name", "debug-threads=on"])
-        .args(["-m", &format!("{}M", stage.load.memory_mb())])
+        .args(["-m", &format!("{}M", stage.memory_mb)])
         .args(["-netdev", &format!("tap,id=net0,ifname={},script=no,downscript=no", tap(guest))])
         .args(["-device", &format!("virtio-net-pci,netdev=net0,mac=52:54:00:4e:00:{:02x}", 0x10 + guest)])
         .arg("-serial")

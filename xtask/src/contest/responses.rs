@@ -21,6 +21,20 @@ pub(crate) struct Responses {
     pub(crate) moving_p99_ms: f64,
     /// The longest time without any answer.
     pub(crate) longest_gap_ms: f64,
+    /// Averages, as CloudNet has them.
+    #[serde(default)]
+    pub(crate) means: Option<Means>,
+}
+
+/// What answers took on average, milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Means {
+    /// Before the move.
+    pub(crate) undisturbed_ms: f64,
+    /// While the guest was moved, the pause included.
+    pub(crate) moving_ms: f64,
+    /// From then on.
+    pub(crate) afterwards_ms: f64,
 }
 
 impl Responses {
@@ -43,8 +57,30 @@ impl Responses {
             undisturbed_p99_ms: percentile(&undisturbed, 99)?,
             moving_p99_ms: percentile(&waits_ms(asked_in(moving.started, moving.ended).filter(outside)), 99)?,
             longest_gap_ms: longest_gap_ms(exchanges, moving),
+            means: Means::of(exchanges, before, moving),
         })
     }
+}
+
+impl Means {
+    /// `None`: nothing was asked before, during or after the move.
+    fn of(exchanges: &[Exchange], before: SystemTime, moving: Span) -> Option<Means> {
+        let asked_in = |from: SystemTime, to: SystemTime| {
+            waits_ms(exchanges.iter().filter(|exchange| (from..to).contains(&exchange.asked)))
+        };
+        // Afterwards the watching ends, and with it what is under way.
+        let answered = exchanges.iter().filter(|exchange| exchange.answered.is_some());
+        let afterwards = waits_ms(answered.filter(|exchange| exchange.asked >= moving.ended));
+        Some(Means {
+            undisturbed_ms: mean(&asked_in(before, moving.started))?,
+            moving_ms: mean(&asked_in(moving.started, moving.ended))?,
+            afterwards_ms: mean(&afterwards)?,
+        })
+    }
+}
+
+fn mean(values: &[f64]) -> Option<f64> {
+    (!values.is_empty()).then(|| values.iter().sum::<f64>() / values.len() as f64)
 }
 
 /// One that wasn't answered counts as if it had been when the client's patience was over.
@@ -108,10 +144,21 @@ mod tests {
             exchange.answered = Some(at(1_610));
         }
         let seen = Responses::of(&exchanges, at(0), span(1_000, 2_000), span(1_495, 1_600)).unwrap();
+        assert_eq!(seen.means, None, "nothing was asked afterwards");
         let quiet = Responses { undisturbed_p50_ms: 2.0, undisturbed_p99_ms: 6.0, ..seen };
         assert_eq!(seen, Responses { moving_p99_ms: 6.0, longest_gap_ms: 124.0, ..quiet });
         let pause_elsewhere = Responses::of(&exchanges, at(0), span(1_000, 2_000), span(1_800, 1_801));
         assert_eq!(pause_elsewhere.unwrap().moving_p99_ms, 120.0);
+    }
+
+    #[test]
+    fn afterwards_begins_when_the_guest_has_arrived() {
+        let mut exchanges = steady();
+        exchanges[199].answered = None;
+        let means = Means::of(&exchanges, at(0), span(500, 1_000)).unwrap();
+        assert_eq!((means.undisturbed_ms, means.moving_ms), (2.4, 2.4));
+        assert!((means.afterwards_ms - 2.4).abs() < 0.01);
+        assert_eq!(Means::of(&exchanges, at(0), span(1_000, 2_000)), None);
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     net::Ipv4Addr,
+    process::Command,
     thread::sleep,
     time::{Duration, Instant, SystemTime},
 };
@@ -9,7 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use godwit_sim::{
     beats::{Beat, BeatRecorder},
-    lab::{FIRST_GUEST_ADDRESS, Lab, Place, WireBytes},
+    lab::{FIRST_GUEST_ADDRESS, Lab, Place, Process, WireBytes},
     observer::{BeatListener, Progress},
     web_client::WebClient,
 };
@@ -20,6 +21,10 @@ use super::{Account, Forecast, Load, Outcome, Responses, Stage, guest_address};
 pub(crate) const GUEST_ADDRESS: Ipv4Addr = FIRST_GUEST_ADDRESS;
 /// How long the guest's pace is watched before anything happens to it.
 const BEFORE: Duration = Duration::from_secs(5);
+/// How long a guest's answers are watched where it has more of a processor than before.
+const AFTER_BURST: Duration = Duration::from_secs(5);
+/// What shares the guest's core: named like a guest's processor, so that [`super::cores`] gives it that core.
+const CROWD: &str = "echo 'CPU crowd' > /proc/self/comm; while :; do :; done";
 /// The same of a build, whose pieces are big.
 const BEFORE_BUILD: Duration = Duration::from_secs(20);
 /// How long it is watched afterwards, so that its silence is seen to end and the last acknowledgements are counted.
@@ -45,6 +50,10 @@ pub(super) struct Watch<'a> {
     web: Option<(WebClient, BeatRecorder)>,
     /// The guest counts nothing, so that its pace is that of its beat.
     paced_by_beat: bool,
+    /// In a burst: what the guest shares its core with, until it has left host a.
+    crowd: Option<Process>,
+    /// How long it is watched afterwards.
+    after: Duration,
 }
 
 /// The time from the request to the guest running at the target.
@@ -65,8 +74,10 @@ impl<'a> Watch<'a> {
         let others = (1..stage.load.guests()).map(meet).collect::<Result<_>>()?;
         let is_build = matches!(stage.load, Load::Build { .. });
         let before = if is_build { BEFORE_BUILD } else { BEFORE };
+        let after = if stage.is_burst { AFTER_BURST } else { AFTER };
+        let (web, crowd, paced_by_beat) = (None, None, false);
         let mut watch =
-            Watch { lab: stage.lab, beat, progress, others, before, web: None, paced_by_beat: false };
+            Watch { lab: stage.lab, beat, progress, others, before, web, paced_by_beat, crowd, after };
         if let Some(program) = stage.load.program() {
             if program.serves_web {
                 let recorder = BeatRecorder::beside(stage.lab, &watch.beat)?;
@@ -74,6 +85,11 @@ impl<'a> Watch<'a> {
                 watch.web = Some((client, recorder));
             }
             watch.await_work().with_context(|| format!("{} doesn't work", program.name))?;
+        }
+        if stage.is_burst {
+            let mut command = Command::new("busybox");
+            watch.crowd =
+                Some(stage.lab.spawn(Place::A, "crowd", command.args(["sh", "-c", CROWD]), true)?);
         }
         sleep(before + AFTER);
         watch.paced_by_beat = watch.progress.writes() == 0;
@@ -98,8 +114,15 @@ impl<'a> Watch<'a> {
     }
 
     /// Draws up the account of a contender.
-    pub(super) fn outcome(&self, contender: &'static str, span: Span, before: WireBytes) -> Result<Outcome> {
-        sleep(AFTER);
+    pub(super) fn outcome(
+        &mut self,
+        contender: &'static str,
+        span: Span,
+        before: WireBytes,
+    ) -> Result<Outcome> {
+        // At host b the guest has its core to itself.
+        self.crowd.take().map_or(Ok(()), |mut crowd| crowd.kill())?;
+        sleep(self.after);
         let usual = self.pace(span.started - self.before, span.started);
         let during = self.pace(span.started, span.ended);
         if let (Some(usual), Some(during)) = (usual, during) {
