@@ -10,6 +10,10 @@ use std::time::Duration;
 const LEVELS: [i32; 6] = [-5, -1, 1, 3, 6, 9];
 /// Where it begins: [`LEVELS`]\[3\].
 const FIRST: usize = 3;
+/// What level [`LEVELS`]\[[`FIRST`]\] compresses in a second on one core, roughly.
+const FIRST_BYTES_PER_SECOND: f64 = 250e6;
+/// A level is begun with where it compresses so many times what the link carries: a core has more to do than that.
+const HEADROOM: f64 = 4.0;
 /// The link is what limits while sending waits for it for this share of the time.
 const LINK_LIMITS: f64 = 0.5;
 /// The link idles while sending waits for it for no more than this share.
@@ -77,6 +81,14 @@ impl Default for LevelGovernor {
 }
 
 impl LevelGovernor {
+    /// One that begins with a level for a link of this rate: the usual one, or a lower one where that would make the link
+    /// wait. All of a small machine may have left before the first look.
+    pub fn for_link(bytes_per_second: u64) -> Self {
+        let too_slow = bytes_per_second as f64 * HEADROOM / FIRST_BYTES_PER_SECOND;
+        let steps = too_slow.log2().ceil().clamp(0.0, FIRST as f64);
+        Self { step: FIRST - steps as usize }
+    }
+
     /// The level now.
     pub fn level(&self) -> i32 {
         LEVELS[self.step]
@@ -131,6 +143,13 @@ mod tests {
             levels.push(governor.observe(&second(governor.level(), link, compressor)));
         }
         (levels[18], levels[19])
+    }
+
+    #[test]
+    fn a_fast_link_begins_lower() {
+        let begins = [0, 12_500_000, 62_500_000, 125_000_000, 300_000_000, u64::MAX];
+        let levels = begins.map(|rate| LevelGovernor::for_link(rate).level());
+        assert_eq!(levels, [3, 3, 3, 1, -5, -5]);
     }
 
     #[test]

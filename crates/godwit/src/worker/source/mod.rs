@@ -29,7 +29,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use godwit_content::{BLOCK_BYTES, BlockId, Encoder, EncoderLimits, Held, LevelGovernor, open_bytes};
+use godwit_content::{BLOCK_BYTES, BlockId, Encoder, EncoderLimits, Held, open_bytes};
 use godwit_migration::{
     handover::{Epoch, RunState, Source, SourceSettings},
     wire::{self, Hello, Message, RamBlock, TransferOptions, Welcome},
@@ -88,17 +88,9 @@ async fn migrate(
     draft: &mut ReportDraft,
 ) -> Result<(), WorkerError> {
     journal.say(Happening::Phase { phase: Phase::Preparing });
-    let guest =
-        Guest::inspect(qmp::Client::connect(&job.qmp, MONITOR_TIMEOUT).await?, &job.machine_dir).await?;
-    let map = MemoryMap::of(&guest.monitor).await?;
-    let memory = if guest.is_gated { readable_memory(job, &map, journal)? } else { None };
-    if !guest.is_gated {
-        journal.warn(UNGATED.to_owned());
-    }
-    if memory.is_none() && job.options.verify == Verify::Full {
-        return Err(WorkerError::CannotVerify);
-    }
-    let session = connect(job).await?;
+    // Round trips to QEMU's monitor while those to the target are under way.
+    let (Looked { guest, map, memory }, session) =
+        tokio::try_join!(look_at_guest(job, journal), connect(job))?;
     let welcome = greet(&session, &hello(job, &guest, &map).await?).await?;
     let held = receive_held(&session, welcome.held_pages, map.page_count()).await?;
     if welcome.held_pages > 0 {
@@ -129,6 +121,28 @@ async fn migrate(
     journal.say(Happening::Phase { phase: Phase::PreCopy });
     let parts = Parts { guest, brake, session, store, handover, threads };
     Control::new(job, journal, parts, map.page_count(), draft).run(commands).await
+}
+
+/// The machine, before anything is changed.
+struct Looked {
+    guest: Guest,
+    map: MemoryMap,
+    /// `None`: its pages are taken from QEMU's stream.
+    memory: Option<ProcessMemory>,
+}
+
+async fn look_at_guest(job: &Job, journal: &Journal) -> Result<Looked, WorkerError> {
+    let monitor = qmp::Client::connect(&job.qmp, MONITOR_TIMEOUT).await?;
+    let guest = Guest::inspect(monitor, &job.machine_dir).await?;
+    let map = MemoryMap::of(&guest.monitor).await?;
+    let memory = if guest.is_gated { readable_memory(job, &map, journal)? } else { None };
+    if !guest.is_gated {
+        journal.warn(UNGATED.to_owned());
+    }
+    if memory.is_none() && job.options.verify == Verify::Full {
+        return Err(WorkerError::CannotVerify);
+    }
+    Ok(Looked { guest, map, memory })
 }
 
 /// The guest's memory, if it may be read; otherwise its pages are taken from QEMU's stream.
@@ -251,7 +265,7 @@ async fn start_threads(
     let return_path = stream.try_clone().map_err(WorkerError::ReturnPath)?;
 
     let account = Arc::new(Account::default());
-    let level = LevelGovernor::default().level();
+    let level = pilot::first_level(job).level();
     account.set_level(level);
     let compressors = thread::available_parallelism().map_or(1, usize::from).min(4);
     let outbox = Outbox::start(SessionLink(session.clone()), wire::BATCH, compressors, account.clone());

@@ -13,7 +13,7 @@ use godwit_migration::{
 };
 
 use super::{sender::Efforts, stage::Stage};
-use crate::job::{self, Options, Progress, StopPolicyName};
+use crate::job::{self, Job, Options, Progress, StopPolicyName};
 
 /// While the pause would be longer than this many targets, passes are rare; below, they are frequent, so that little is
 /// unseen when the guest stops.
@@ -101,7 +101,7 @@ pub(super) struct Pilot {
 
 impl Pilot {
     /// A pilot that has seen nothing.
-    pub(super) fn new(options: &Options, learned: Learned, pages_total: u64) -> Self {
+    pub(super) fn new(options: &Options, learned: Learned, pages_total: u64, level: LevelGovernor) -> Self {
         let target_ms = options.downtime_target_ms as f64;
         let policy: Box<dyn StopPolicy> = match options.stop_policy {
             StopPolicyName::Gate => Box::new(Gate::new(GateSettings::new(target_ms))),
@@ -111,7 +111,7 @@ impl Pilot {
             policy,
             stall: Stall::new(options.on_stall.into(), target_ms),
             predictor: Predictor::new(learned),
-            effort_watch: EffortWatch::default(),
+            effort_watch: EffortWatch { governor: level, ..EffortWatch::default() },
             target_ms,
             pages_total,
             passes: 0,
@@ -246,6 +246,12 @@ impl Pilot {
             .map(|ends_ms| ends_ms.saturating_sub(sample.now_ms) as f64 + sample.predicted_pause_ms);
         [until_met, until_stopped].into_iter().flatten().min_by(f64::total_cmp)
     }
+}
+
+/// Where the level of compression begins: at what the link calls for, if that was measured.
+pub(super) fn first_level(job: &Job) -> LevelGovernor {
+    let rate = job.forecast.as_ref().map(|forecast| forecast.rate_bytes_per_second);
+    rate.map_or_else(LevelGovernor::default, LevelGovernor::for_link)
 }
 
 /// What sending has cost, in intervals in which there was always something to send.

@@ -28,7 +28,7 @@ use self::link_watch::LinkWatch;
 use super::{
     guest::Guest,
     learned,
-    pilot::{Course, LinkObservation, Pilot, StageObservation},
+    pilot::{self, Course, LinkObservation, Pilot, StageObservation},
     pump::{Pace, PumpEvent},
     run_state,
     sender::{Account, Outbox, SendError, Sent, StreamSum},
@@ -172,7 +172,12 @@ impl<'a> Control<'a> {
             Clock { began: now, last_pass: now, last_progress: now, last_sign_of_life: now, acked_bytes: 0 };
         Self {
             guest_does: run_state(guest.run_state),
-            pilot: Pilot::new(&job.options, learned::load(job.learned.as_deref()), pages_total),
+            pilot: Pilot::new(
+                &job.options,
+                learned::load(job.learned.as_deref()),
+                pages_total,
+                pilot::first_level(job),
+            ),
             job,
             journal,
             guest,
