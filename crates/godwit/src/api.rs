@@ -3,7 +3,10 @@
 use std::path::PathBuf;
 
 use godwit_migration::{forecast::Score, handover};
-use godwit_qemu::{machine::Spec, processor::Processor};
+use godwit_qemu::{
+    machine::Spec,
+    processor::{Outline, Processor},
+};
 use godwit_transport::session::Versions;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
@@ -187,6 +190,10 @@ pub(crate) struct IncomingRequest {
     pub qemu_version: String,
     /// The guest's memory.
     pub memory_bytes: u64,
+    /// The guest's processor, where so little tells whether the target gives it the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub processor: Option<Outline>,
 }
 
 /// The other agent is ready.
@@ -194,7 +201,10 @@ pub(crate) struct IncomingRequest {
 pub(crate) struct IncomingReady {
     /// The version of the target's QEMU.
     pub qemu_version: String,
-    /// What its QEMU gives the machine; an older agent doesn't say, and then nothing is compared.
+    /// Its QEMU gives the machine the very processor that was offered.
+    #[serde(default)]
+    pub same_processor: bool,
+    /// Else what it gives; an older agent doesn't say, and then nothing is compared.
     #[serde(default)]
     #[schema(value_type = Option<Object>)]
     pub processor: Option<Processor>,

@@ -5,7 +5,8 @@
 //! guest dies of the first instruction that isn't there. The name of the model doesn't tell either: `host` and `max`
 //! mean what the host has, and of any model QEMU takes away what host and accelerator can't give, which it says in its
 //! log only. So [`Processor::of`] asks a running QEMU (an incoming one too) what came of the model on its host, and
-//! [`Processor::check_replacement`] compares, without I/O.
+//! [`Processor::check_replacement`] compares, without I/O. That is hundreds of questions, of which two hosts whose
+//! [`Outline`]s are equal need none.
 
 use std::collections::BTreeSet;
 
@@ -33,6 +34,33 @@ pub struct Processor {
     pub physical_address_bits: u32,
     /// QEMU's names of the features that it has.
     pub features: BTreeSet<String>,
+}
+
+/// What an emulated processor is, in a handful of questions. Of two that have the same outline neither lacks anything.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outline {
+    /// The maker that it names itself.
+    pub vendor: String,
+    /// Bits of a physical address.
+    pub physical_address_bits: u32,
+    /// What its CPUID instruction says of its features; without words that are zero, which a later QEMU has more of.
+    pub words: BTreeSet<FeatureWord>,
+}
+
+/// 32 features, as QEMU's `feature-words` has them.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FeatureWord {
+    /// Which leaf of CPUID they are in.
+    #[serde(rename = "cpuid-input-eax")]
+    pub leaf: u32,
+    /// Which part of it, where it has several.
+    #[serde(rename = "cpuid-input-ecx", default)]
+    pub part: u32,
+    /// Which register: `EAX` and so on.
+    #[serde(rename = "cpuid-register")]
+    pub register: String,
+    /// The bits.
+    pub features: u32,
 }
 
 /// Why a guest couldn't go on with another processor; one line, with what to do.
@@ -141,6 +169,26 @@ impl Processor {
 
     fn accelerator(&self) -> &'static str {
         if self.kvm { "KVM" } else { "TCG" }
+    }
+}
+
+impl Outline {
+    /// What QEMU's first virtual CPU is; `None` under KVM, where a guest may also rely on what no word of CPUID tells:
+    /// model-specific registers, and what Hyper-V has.
+    ///
+    /// # Errors
+    /// If the monitor fails, or QEMU has none of these questions.
+    pub async fn of(monitor: &Client) -> Result<Option<Self>, QmpError> {
+        if monitor.query_kvm().await? {
+            return Ok(None);
+        }
+        let path = &monitor.first_cpu_path().await?;
+        let words: Vec<FeatureWord> = monitor.qom_get(path, "feature-words").await?;
+        Ok(Some(Self {
+            vendor: monitor.qom_get(path, "vendor").await?,
+            physical_address_bits: monitor.qom_get(path, "phys-bits").await?,
+            words: words.into_iter().filter(|word| word.features != 0).collect(),
+        }))
     }
 }
 

@@ -9,7 +9,11 @@
 
 use std::sync::Arc;
 
-use godwit_qemu::{memory_layout::MemoryLayout, processor::Processor, qmp};
+use godwit_qemu::{
+    memory_layout::MemoryLayout,
+    processor::{Outline, Processor},
+    qmp,
+};
 
 use super::{
     Agent, adoption,
@@ -39,7 +43,7 @@ impl Agent {
         let machine_type = monitor.machine_type().await?;
         let outlook = self.look_ahead(&monitor, &job, &peer).await;
         drop(monitor);
-        let request = offer(&job, source.qemu_version.clone());
+        let request = offer(&job, source.qemu_version.clone(), None);
         let target: CheckedHost = self.post(&peer, REHEARSAL_PATH, &request).await?;
         compare(&job, source.processor.as_ref(), target.processor.as_ref())?;
         Ok(Check {
@@ -81,6 +85,12 @@ pub(super) async fn examine(monitor: &qmp::Client, running: &Running) -> Result<
 pub(super) async fn processor(monitor: &qmp::Client) -> Option<Processor> {
     let read = Processor::of(monitor).await;
     read.inspect_err(|error| tracing::warn!(error = one_line(error), "its processor can't be compared")).ok()
+}
+
+/// The same in a few questions; `None` where they don't tell enough, or QEMU doesn't say.
+pub(super) async fn outline(monitor: &qmp::Client) -> Option<Outline> {
+    let read = Outline::of(monitor).await;
+    read.inspect_err(|error| tracing::debug!(error = one_line(error), "its processor has no outline")).ok()?
 }
 
 /// Whether the guest can go on with what the target gives it. What isn't known isn't compared: an agent of an earlier

@@ -28,7 +28,7 @@ use super::{
     Agent,
     admission::admit,
     api::Body,
-    check::processor,
+    check::{outline, processor},
     detached::detached,
     error::{AgentError, Refusal},
     launch,
@@ -162,10 +162,16 @@ impl Agent {
         job.pid = pid;
         job.spec = directory.spec()?;
         job.shared = self.shared_place(peer.as_str(), Role::Target);
-        // QEMU answers some hundred questions about its processor while the worker starts.
-        let (receiving, processor) = tokio::join!(self.start_receiving(job, claim), processor(&monitor));
+        // QEMU answers questions about its processor while the worker starts.
+        let offered = request.processor;
+        let compared = async {
+            let same_processor = offered.is_some() && outline(&monitor).await == offered;
+            (same_processor, if same_processor { None } else { processor(&monitor).await })
+        };
+        let (receiving, (same_processor, processor)) =
+            tokio::join!(self.start_receiving(job, claim), compared);
         receiving?;
-        Ok(IncomingReady { qemu_version, processor })
+        Ok(IncomingReady { qemu_version, same_processor, processor })
     }
 
     /// Goes as far as [`Self::accept`] does before there is a worker, under another name, and takes everything back.

@@ -10,10 +10,11 @@
 use std::{fs::File, io::Read, sync::Arc};
 
 use godwit_migration::handover::{Epoch, Record, RecordState};
+use godwit_qemu::{processor::Outline, qmp::Client};
 
 use super::{
     Agent,
-    check::{compare, examine, processor},
+    check::{compare, examine, outline, processor},
     error::{AgentError, Refusal},
     machines::{monitor, running},
     migrations::doing,
@@ -54,16 +55,9 @@ impl Agent {
         let state = RecordState::Owner { peer: Some(job.peer.clone()) };
         let record = Record { epoch: Epoch(job.epoch), state };
         Store::open(directory.path()).save(&record, Durability::Synced)?;
-        let version = monitor.query_version().await?;
         let outlook = self.look_ahead(&monitor, &job, &peer).await;
-        let request = offer(&job, version.to_string());
-        let (here, ready) = tokio::join!(processor(&monitor), self.offer(&peer, &request));
+        self.find_room(&monitor, &job, &peer).await?;
         drop(monitor);
-        let ready = ready?;
-        if let Err(refusal) = compare(&job, here.as_ref(), ready.processor.as_ref()) {
-            self.withdraw(&peer, &job.id).await;
-            return Err(refusal.into());
-        }
         job.forecast = self.foresee(&job, outlook).await;
         job.shared = self.shared_place(&job.peer, Role::Source);
         let id = job.id.clone();
@@ -72,6 +66,23 @@ impl Agent {
             return Err(error);
         }
         self.show_migration(&id)
+    }
+
+    /// Offers the machine; when this returns, its QEMU waits at the peer, with a processor that will do.
+    async fn find_room(&self, monitor: &Client, job: &Job, peer: &PeerAgent) -> Result<(), AgentError> {
+        let request = offer(job, monitor.query_version().await?.to_string(), outline(monitor).await);
+        let in_detail = async |is_needed| if is_needed { processor(monitor).await } else { None };
+        let (here, ready) = tokio::join!(in_detail(request.processor.is_none()), self.offer(peer, &request));
+        let ready = ready?;
+        if ready.same_processor {
+            return Ok(());
+        }
+        let here = if here.is_some() { here } else { processor(monitor).await };
+        if let Err(refusal) = compare(job, here.as_ref(), ready.processor.as_ref()) {
+            self.withdraw(peer, &job.id).await;
+            return Err(refusal.into());
+        }
+        Ok(())
     }
 
     /// What can be refused without asking anybody; changes nothing.
@@ -131,7 +142,7 @@ pub(super) fn check_throttle(machine: &str, pid: i32) -> Result<(), Refusal> {
 }
 
 /// What the target is asked.
-pub(super) fn offer(job: &Job, qemu_version: String) -> IncomingRequest {
+pub(super) fn offer(job: &Job, qemu_version: String, processor: Option<Outline>) -> IncomingRequest {
     IncomingRequest {
         id: job.id.clone(),
         spec: job.spec.clone(),
@@ -139,6 +150,7 @@ pub(super) fn offer(job: &Job, qemu_version: String) -> IncomingRequest {
         options: job.options.clone(),
         qemu_version,
         memory_bytes: job.spec.memory.bytes(),
+        processor,
     }
 }
 

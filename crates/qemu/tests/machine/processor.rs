@@ -1,7 +1,7 @@
 //! What QEMU gives a guest of a processor, by its own account.
 
 use godwit_qemu::{
-    processor::{Processor, ProcessorMismatch},
+    processor::{Outline, Processor, ProcessorMismatch},
     qmp::RunState,
 };
 
@@ -9,13 +9,32 @@ use crate::qemu::{Qemu, directory};
 
 /// A machine with this processor, waiting for a migration or not.
 async fn processor(cpu: &str, more: &str) -> Processor {
+    both(cpu, more).await.0
+}
+
+/// The same with its outline.
+async fn both(cpu: &str, more: &str) -> (Processor, Outline) {
     let place = directory();
     let line = format!("-M pc -accel tcg -m 16 -nodefaults -display none -S -cpu {cpu} {more}");
     let qemu = Qemu::by_hand(place.path(), &line);
     let client = qemu.client().await;
     let expected = if more.is_empty() { RunState::Prelaunch } else { RunState::Inmigrate };
     assert_eq!(client.query_status().await.unwrap().state, expected);
-    Processor::of(&client).await.unwrap()
+    let outline = Outline::of(&client).await.unwrap().expect("nothing but an emulator was asked for");
+    (Processor::of(&client).await.unwrap(), outline)
+}
+
+/// Whatever differs in detail differs in outline.
+#[tokio::test]
+async fn an_outline_tells_processors_apart() {
+    let (here, outline) = both("qemu64", "").await;
+    let (twin, same) = both("qemu64", "-incoming defer").await;
+    assert_eq!((&here, &outline), (&twin, &same));
+    for other in ["qemu64,+aes", "qemu64,-nx", "qemu64,phys-bits=42", "qemu64,vendor=GenuineIntel", "max"] {
+        let (processor, other_outline) = both(other, "").await;
+        assert_ne!((&here, &outline), (&processor, &other_outline), "{other}");
+        assert_ne!(outline, other_outline, "{other}");
+    }
 }
 
 #[tokio::test]
