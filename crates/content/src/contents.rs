@@ -1,23 +1,31 @@
 //! The contents of the base cache's slots, within a bound: whole while there is room, packed by zstd where there isn't.
 //!
 //! ```text
-//!   put ──► whole ──half of the room taken──► packed          (get unpacks into a buffer of its own)
-//!                  the oldest first      └──► dense, if packing saves too little; stays whole
+//!   put ──► whole ──half of the room taken──► packed ──little of it changes──► packed, and what has changed since
+//!             ▲    the oldest first      └──► dense: packing saves too little; stays whole         │
+//!             └─────────────────────────────────────────────────────────────────── too much ───────┘
 //! ```
 //!
-//! Packing a page costs about 13 µs of one core and unpacking 5, and both only happen where memory is short; what the
-//! link has to carry for a page without a base takes several times as long even at 1 Gbit/s. It begins early, a page for
-//! each that comes, so that it doesn't hold up the link all at once when there is no room left.
+//! Packing a page costs about 13 µs of one core and unpacking 5 (get unpacks into a buffer of its own), where drafting a
+//! delta takes 3; so a packed page that is written to isn't packed anew, and a dense one isn't tried again for a while.
+//! Packing begins early, a page for each that comes, so that it doesn't hold up the link all at once when there is no
+//! room left.
 
 use std::collections::VecDeque;
 
+use crate::changes;
 use crate::compress::{Compressor, Decompressor};
+use crate::density::is_dense;
 use crate::{BLOCK_BYTES, Block};
 
 /// zstd's level: pages alone hardly gain from more.
 const LEVEL: i32 = 1;
 /// A block that doesn't become smaller than this isn't worth the time to unpack it.
 const PACKED_BYTES_MAX: usize = BLOCK_BYTES * 3 / 4;
+/// What may have changed of a packed block; of more, little would be left to save.
+const CHANGES_BYTES_MAX: usize = BLOCK_BYTES / 8;
+/// How many versions of a dense block aren't tried either: most are written to in places, and stay dense.
+const DENSE_FOR: u8 = 16;
 /// What the allocator adds to a piece of memory, and rounds its size up to.
 const ALLOCATION_BYTES: usize = 16;
 
@@ -39,10 +47,19 @@ pub(crate) struct Contents {
 struct Slot {
     /// A block if it has the size of one, a packed one if it is shorter, nothing if it is empty.
     bytes: Box<[u8]>,
-    /// Packing was tried and saved too little.
-    is_dense: bool,
+    /// So many of them, at the end, say what has changed since it was packed.
+    changes_bytes: u16,
+    /// Packing was tried and saved too little; it isn't tried with so many versions.
+    dense_for: u8,
     /// It stands in the queue of those that may be packed.
     is_queued: bool,
+}
+
+impl Slot {
+    /// The block, packed or not, and what has changed since it was packed.
+    fn parts(&self) -> (&[u8], &[u8]) {
+        self.bytes.split_at(self.bytes.len() - usize::from(self.changes_bytes))
+    }
 }
 
 impl Contents {
@@ -72,15 +89,16 @@ impl Contents {
 
     /// The content of a slot, unless it is empty.
     pub(crate) fn get(&mut self, slot: u32) -> Option<&Block> {
-        let bytes = &self.slots[slot as usize].bytes;
-        if bytes.is_empty() {
+        let (packed, changes) = self.slots[slot as usize].parts();
+        if packed.is_empty() {
             return None;
         }
-        if let Ok(whole) = <&Block>::try_from(&bytes[..]) {
+        if let Ok(whole) = <&Block>::try_from(packed) {
             return Some(whole);
         }
         if self.unpacked_slot != Some(slot) {
-            let unpacked = self.decompressor.unpack(bytes, &mut self.unpacked[..]);
+            let unpacked = self.decompressor.unpack(packed, &mut self.unpacked[..]);
+            changes::apply(changes, &mut self.unpacked);
             self.unpacked_slot = unpacked.then_some(slot);
         }
         // What can't be unpacked is as good as not there, though what was packed here always can.
@@ -89,8 +107,12 @@ impl Contents {
 
     /// Puts a block into a slot, in place of what is there; false if there is no room for it: the slot is empty then.
     pub(crate) fn put(&mut self, slot: u32, content: &Block) -> bool {
-        self.clear(slot);
-        if self.used_bytes > self.limit_bytes / 2 {
+        if self.change(slot, content) {
+            return true;
+        }
+        let was_whole = self.slots[slot as usize].bytes.len() == BLOCK_BYTES;
+        self.fill(slot, &[]);
+        if !was_whole && self.used_bytes > self.limit_bytes / 2 {
             self.pack_oldest();
         }
         while self.used_bytes + Self::WHOLE_BYTES > self.limit_bytes {
@@ -99,6 +121,8 @@ impl Contents {
             }
         }
         self.fill(slot, content);
+        let dense_for = &mut self.slots[slot as usize].dense_for;
+        *dense_for = dense_for.saturating_sub(1);
         if !std::mem::replace(&mut self.slots[slot as usize].is_queued, true) {
             self.whole.push_back(slot);
         }
@@ -108,14 +132,37 @@ impl Contents {
     /// Empties a slot.
     pub(crate) fn clear(&mut self, slot: u32) {
         self.fill(slot, &[]);
-        self.slots[slot as usize].is_dense = false;
+        self.slots[slot as usize].dense_for = 0;
+    }
+
+    /// Adds to a packed block what is new of it; false: it isn't packed, too much has changed, or there is no room.
+    fn change(&mut self, slot: u32, content: &Block) -> bool {
+        let at = slot as usize;
+        let is_packed = !self.slots[at].bytes.is_empty() && self.slots[at].bytes.len() < BLOCK_BYTES;
+        if !is_packed || self.get(slot).is_none() {
+            return false;
+        }
+        let (packed, _) = self.slots[at].parts();
+        let (packed_bytes, mut bytes) = (packed.len(), self.slots[at].bytes.to_vec());
+        changes::push(&self.unpacked, content, &mut bytes);
+        let changes_bytes = bytes.len() - packed_bytes;
+        let more_bytes = allocated(bytes.len()) - allocated(self.slots[at].bytes.len());
+        if changes_bytes > CHANGES_BYTES_MAX || self.used_bytes + more_bytes > self.limit_bytes {
+            return false;
+        }
+        self.fill(slot, &bytes);
+        self.slots[at].changes_bytes = changes_bytes as u16;
+        (*self.unpacked, self.unpacked_slot) = (*content, Some(slot));
+        true
     }
 
     fn fill(&mut self, slot: u32, bytes: &[u8]) {
         if self.unpacked_slot == Some(slot) {
             self.unpacked_slot = None;
         }
-        let before = std::mem::replace(&mut self.slots[slot as usize].bytes, Box::from(bytes));
+        let slot = &mut self.slots[slot as usize];
+        let before = std::mem::replace(&mut slot.bytes, Box::from(bytes));
+        slot.changes_bytes = 0;
         self.used_bytes = self.used_bytes + allocated(bytes.len()) - allocated(before.len());
     }
 
@@ -124,7 +171,7 @@ impl Contents {
         let Some(slot) = self.whole.pop_front() else { return false };
         let at = slot as usize;
         self.slots[at].is_queued = false;
-        if self.slots[at].bytes.len() == BLOCK_BYTES && !self.slots[at].is_dense {
+        if self.slots[at].bytes.len() == BLOCK_BYTES && self.slots[at].dense_for == 0 {
             self.pack(slot);
         }
         true
@@ -132,10 +179,14 @@ impl Contents {
 
     fn pack(&mut self, slot: u32) {
         let at = slot as usize;
-        let packed = self.compressor.compress(LEVEL, &self.slots[at].bytes).map(Box::<[u8]>::from);
+        let is_dense = <&Block>::try_from(&self.slots[at].bytes[..]).is_ok_and(is_dense);
+        let packed = match is_dense {
+            true => None,
+            false => self.compressor.compress(LEVEL, &self.slots[at].bytes).map(Box::<[u8]>::from),
+        };
         match packed.filter(|packed| packed.len() <= PACKED_BYTES_MAX) {
             Some(packed) => self.fill(slot, &packed),
-            None => self.slots[at].is_dense = true,
+            None => self.slots[at].dense_for = DENSE_FOR,
         }
     }
 }
@@ -187,6 +238,23 @@ mod tests {
         contents.clear(2);
         assert!(contents.put(4, &noise(4)));
         assert_eq!(contents.get(4), Some(&noise(4)));
+    }
+
+    #[test]
+    fn a_packed_block_that_changes_a_little_stays_packed() {
+        let mut contents = contents(2);
+        (0..3).for_each(|slot| assert!(contents.put(slot, &text(slot as u8))));
+        let packed_bytes = contents.slots[0].bytes.len();
+        let mut block = text(0);
+        for position in (0..BLOCK_BYTES).step_by(97) {
+            block[position] ^= 0xff;
+            assert!(contents.put(0, &block));
+            assert_eq!(contents.get(0), Some(&block), "{position}");
+            assert_eq!(contents.get(1), Some(&text(1)));
+            assert_eq!(contents.get(0), Some(&block), "unpacked again, {position}");
+        }
+        assert!(packed_bytes < 200);
+        assert!(contents.used_bytes <= contents.limit_bytes);
     }
 
     #[test]

@@ -6,6 +6,7 @@ use crate::bases::Reference;
 use crate::batch::{Columns, Form, Header, SubForm, SubForms};
 use crate::compress::Compressor;
 use crate::delta::{Deltas, RUN_BYTES};
+use crate::density::is_dense;
 use crate::{
     BLOCK_BYTES, Block, BlockId, Chain, ContentDigest, LevelGovernor, SUB_BLOCK_BYTES, SUB_BLOCKS, Slot,
     SubBlock, Tally, sub_blocks,
@@ -59,9 +60,6 @@ const CONTESTED_BYTES: usize = 256;
 
 /// A run's share of the control section once it is compressed, about.
 const COMPRESSED_RUN_BYTES: usize = 3;
-
-/// Random blocks have 1, give or take 0.01; text and code have over 10.
-const EVEN: f64 = 1.25;
 
 impl BlockOutline {
     pub(crate) fn zero(id: BlockId) -> Self {
@@ -149,7 +147,8 @@ impl Draft {
         for (block, content) in self.outline.blocks.iter().zip(contents) {
             let delta = deltas.take(block);
             let sub_forms = match level {
-                Some(level) if block.delta_cost >= CONTESTED_BYTES => {
+                // Of dense content nothing is shorter than its delta.
+                Some(level) if block.delta_cost >= CONTESTED_BYTES && !is_dense(content) => {
                     settle(block, content, &delta, level, compressor)
                 }
                 _ => block.sub_forms,
@@ -171,21 +170,6 @@ impl Draft {
         tally.literal_bytes = (columns.literals.len() + columns.dense.len()) as u64;
         tally
     }
-}
-
-/// Whether a block's bytes look random: as evenly spread as those of compressed or encrypted data. zstd would make it no
-/// smaller, and what shares its entropy tables dearer.
-///
-/// Two bytes of random data are the same one time in 256. Where it happens [`EVEN`] times as often, the best code for single
-/// bytes saves about a hundredth.
-fn is_dense(content: &Block) -> bool {
-    let mut counts = [0u32; 256];
-    for byte in content {
-        counts[usize::from(*byte)] += 1;
-    }
-    let pairs: u32 = counts.iter().map(|count| count * count.saturating_sub(1)).sum();
-    const PAIRS: usize = BLOCK_BYTES * (BLOCK_BYTES - 1);
-    f64::from(pairs) * 256.0 < PAIRS as f64 * EVEN
 }
 
 /// A block's deltas become literals if those compress better: programs that rewrite whole pages want it so.

@@ -37,10 +37,12 @@
 pub mod analyze;
 mod bases;
 mod batch;
+mod changes;
 mod compress;
 mod contents;
 mod decoder;
 mod delta;
+mod density;
 mod digest;
 mod draft;
 mod encoder;

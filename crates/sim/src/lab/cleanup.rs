@@ -5,6 +5,7 @@
 
 use std::{
     io,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::{Mutex, OnceLock, PoisonError},
     time::Duration,
@@ -144,8 +145,11 @@ fn end_processes(namespace: &Namespace) {
 
 /// The processes in a namespace that still run; ended ones wait for their parent and hold nothing.
 pub(super) fn processes_in(namespace: &Namespace) -> Vec<Pid> {
-    let listed = ip::run(&["netns", "pids", namespace.name()]).unwrap_or_default();
-    let pids = listed.split_whitespace().filter_map(|pid| pid.parse().ok());
+    let identity = |path: &Path| std::fs::metadata(path).ok().map(|of| (of.dev(), of.ino()));
+    let Some(own) = identity(&namespace.path()) else { return Vec::new() };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let processes = entries.filter(|entry| identity(&entry.path().join("ns/net")) == Some(own));
+    let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     pids.filter(|pid| *pid != std::process::id() as i32).map(Pid::from_raw).collect()
 }
 
