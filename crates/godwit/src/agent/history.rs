@@ -32,7 +32,7 @@ const RECENT: usize = 20;
 /// So many moves of the same machine say more than any number of other machines' moves.
 const ENOUGH_OF_ONE: usize = 3;
 /// How far off outcomes are believed to be while few are known, as logarithms.
-const SPREAD_TOTAL: f64 = 0.35;
+const SPREAD_TOTAL: f64 = 0.19;
 const SPREAD_BYTES: f64 = 0.15;
 const SPREAD_DOWNTIME: f64 = 0.7;
 
