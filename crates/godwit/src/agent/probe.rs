@@ -161,7 +161,7 @@ mod tests {
     /// had come until then.
     #[test]
     fn what_is_read_late_and_slowly_is_not_taken_for_a_faster_link() {
-        let arrived = |ms: f64| (ms * 12_000.0) as usize;
+        let arrived = |ms: f64| ((ms - 50.0) * 12_000.0) as usize;
         let read = |ms: f64| (arrived(125.0) + ((ms - 170.0) * 27_000.0) as usize).min(arrived(ms));
         let seen = |ms: f64| if ms < 170.0 { arrived(ms.min(125.0)) } else { read(ms) };
         let arrivals: Vec<_> =
