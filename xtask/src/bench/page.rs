@@ -7,15 +7,14 @@ use godwit_sim::lab::Wiring;
 
 use super::{
     Request, USUAL_RATE_MBIT,
-    foresight::Score,
     ledger::Run,
     plan::{Plan, Rate},
     plot,
-    summary::{Group, Summary},
+    summary::{Group, Summary, Verdict},
     table::{COLUMNS, cells},
 };
 use crate::{
-    contest::{DOWNTIME_TARGET, Patience, Target},
+    contest::{DOWNTIME_TARGET, Patience},
     provenance::{machine, said},
 };
 
@@ -250,10 +249,7 @@ fn section(group: &Group) -> String {
     }
     let verdicts = group.verdicts();
     if !verdicts.is_empty() {
-        text.push_str("\n| target | value | |\n|---|---|---|\n");
-        for verdict in verdicts {
-            text.push_str(&line(&[verdict.target.text.clone(), verdict.target.shown(), verdict.to_string()]));
-        }
+        text.push_str(&targets(&verdicts));
     }
     let better = group.better();
     if !better.is_empty() {
@@ -265,17 +261,19 @@ fn section(group: &Group) -> String {
 
 /// Nothing where nothing was forecast.
 fn foresight(summary: &Summary) -> String {
-    let targets: Vec<Target> = summary.foresight.iter().flat_map(Score::targets).collect();
-    if targets.is_empty() {
+    if summary.foresight.is_empty() {
         return String::new();
     }
-    let lines = targets.iter().map(|target| {
-        let verdict = if target.met() { "met" } else { "NOT MET" };
-        line(&[target.text.as_str(), &target.shown(), verdict])
-    });
     let head = "## Foresight\n\nAll workloads of this page, godwit as it comes; every forecast was made before the first byte, \
-                by an agent without a history.\n\n| target | value | |\n|---|---|---|\n";
-    format!("{head}{}\n", lines.collect::<String>())
+                by an agent without a history.\n";
+    format!("{head}{}\n", targets(&summary.foresight))
+}
+
+fn targets(verdicts: &[Verdict]) -> String {
+    let told =
+        |verdict: &Verdict| line(&[verdict.target.text.clone(), verdict.target.shown(), verdict.to_string()]);
+    let lines: String = verdicts.iter().map(told).collect();
+    format!("\n| target | value | |\n|---|---|---|\n{lines}")
 }
 
 fn line<T: AsRef<str>>(cells: &[T]) -> String {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use super::{
-    foresight::{self, FORECAST_ERROR, Score, share_off},
+    foresight::{self, FORECAST_ERROR, share_off},
     ledger::Run,
     plan::{Field, Link, Plan, Rate},
 };
@@ -105,7 +105,7 @@ pub(super) struct Verdict {
 pub(super) struct Summary {
     pub(super) groups: Vec<Group>,
     /// Of all runs of godwit as it comes.
-    pub(super) foresight: Vec<Score>,
+    pub(super) foresight: Vec<Verdict>,
 }
 
 impl Spread {
@@ -432,7 +432,7 @@ impl Summary {
         groups.retain(|group| !group.rows.is_empty());
         let asked_for =
             |run: &&Run| plan.workloads.contains(&run.workload) && plan.fields.contains(&run.field());
-        Summary { groups, foresight: foresight::scores(runs.iter().filter(asked_for)) }
+        Summary { groups, foresight: foresight::verdicts(runs.iter().filter(asked_for)) }
     }
 }
 

@@ -2,10 +2,7 @@
 
 use std::fmt::Write as _;
 
-use super::{
-    foresight::Score,
-    summary::{Group, Row, Spread, Summary},
-};
+use super::summary::{Group, Row, Spread, Summary};
 
 /// What a table tells of a contender.
 pub(super) const COLUMNS: [&str; 10] = [
@@ -69,9 +66,8 @@ pub(super) fn render(summary: &Summary) -> String {
         }
         text.push('\n');
     }
-    for target in summary.foresight.iter().flat_map(Score::targets) {
-        let verdict = if target.met() { "met" } else { "NOT MET" };
-        let _ = writeln!(text, "{:<78}{:>9}  {verdict}", target.text, target.shown());
+    for verdict in &summary.foresight {
+        let _ = writeln!(text, "{:<78}{:>9}  {verdict}", verdict.target.text, verdict.target.shown());
     }
     text
 }

@@ -26,7 +26,7 @@ pub(super) fn run(stage: &Stage, name: &'static str, options: &[&str]) -> Result
     let mut hosts = Hosts::start(stage)?;
     hosts.options.extend(options.iter().map(|option| (*option).to_owned()));
     let beat = BeatListener::start(&stage.lab.namespace(Place::Lan))?;
-    hosts.boot_machine(MACHINE, stage.memory_mb, stage.image, &stage.command_line(beat.address()))?;
+    hosts.boot(stage, &stage.command_line(beat.address()))?;
     let mut watch = Watch::start(stage, beat)?;
     let before = watch.wire_bytes()?;
     let started = SystemTime::now();

@@ -18,7 +18,7 @@ use nix::{
 };
 use serde_json::Value;
 
-use super::{GUEST_MEMORY_MB, Stage, floor};
+use super::{Stage, floor};
 
 /// The one machine.
 pub(crate) const MACHINE: &str = "web1";
@@ -133,8 +133,8 @@ impl Hosts {
     }
 
     /// Boots the one machine at host a.
-    pub(crate) fn boot(&self, image: &GuestImage, command_line: &str) -> Result<()> {
-        self.boot_machine(MACHINE, GUEST_MEMORY_MB, image, command_line)
+    pub(crate) fn boot(&self, stage: &Stage, command_line: &str) -> Result<()> {
+        self.boot_machine(MACHINE, stage.memory_mb, stage.image, command_line)
     }
 
     /// Boots a machine at host a.

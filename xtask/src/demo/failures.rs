@@ -104,7 +104,7 @@ impl<'a> Show<'a> {
         ));
         let hosts = Hosts::start(stage)?;
         let recorder = BeatRecorder::start(stage.lab)?;
-        hosts.boot(stage.image, &stage.command_line(recorder.address()))?;
+        hosts.boot(stage, &stage.command_line(recorder.address()))?;
         let guest = Guest::meet(stage.lab, recorder)?;
         screen.demo("it has booted; a client outside both hosts follows its counter and its beat of 10 ms");
         sleep(BEFORE);
