@@ -31,6 +31,7 @@ mod ledger;
 mod page;
 mod plan;
 mod plot;
+mod store;
 mod summary;
 mod table;
 
@@ -48,6 +49,8 @@ const USUAL_RATE_MBIT: u64 = 100;
 pub(crate) enum Bench {
     /// Move the same guest over the same link by godwit and by every way QEMU has.
     Migrate(Request),
+    /// Read and write a disk through godwit's server and through QEMU's.
+    Store(store::Request),
 }
 
 /// What the command line asks for.
@@ -124,7 +127,13 @@ impl Request {
 /// # Errors
 /// When something is missing, or a turn broke.
 pub(crate) fn run(bench: &Bench) -> Result<()> {
-    let Bench::Migrate(request) = bench;
+    match bench {
+        Bench::Migrate(request) => migrate(request),
+        Bench::Store(request) => store::run(request),
+    }
+}
+
+fn migrate(request: &Request) -> Result<()> {
     let plan = Plan::of(request)?;
     setup::run()?;
     let image = GuestImage::ensure()?;

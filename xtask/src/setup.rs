@@ -34,8 +34,15 @@ struct Need {
     present: fn() -> bool,
 }
 
-const NEEDS: [Need; 7] = [
+/// What asks disks for something.
+const DISK_CLIENTS: [Need; 1] = [Need { package: "fio", present: || on_path("fio") }];
+
+const NEEDS: [Need; 8] = [
     Need { package: "qemu-system-x86", present: has_qemu },
+    Need {
+        package: "qemu-utils",
+        present: || ["qemu-img", "qemu-io", "qemu-storage-daemon"].into_iter().all(on_path),
+    },
     Need { package: "busybox-static", present: has_static_busybox },
     Need { package: "iproute2", present: || on_path("ip") },
     Need { package: "gcc", present: || on_path("cc") },
@@ -52,23 +59,32 @@ const NEEDS: [Need; 7] = [
 /// # Errors
 /// Names the missing packages when not run as root; else whatever apt says.
 pub(crate) fn run() -> Result<()> {
-    let missing: Vec<&str> = NEEDS.iter().filter(|need| !(need.present)()).map(|need| need.package).collect();
-    let kernel_missing = guest_image::kernel().is_err();
-    if missing.is_empty() && !kernel_missing {
+    install(&NEEDS)?;
+    if guest_image::kernel().is_err() {
+        fetch_kernel(&Apt::new()?)?;
+    }
+    Ok(())
+}
+
+/// Installs what benches of disks need besides; returns at once when it is there.
+///
+/// # Errors
+/// As for [`run`].
+pub(crate) fn install_disk_clients() -> Result<()> {
+    install(&DISK_CLIENTS)
+}
+
+fn install(needs: &[Need]) -> Result<()> {
+    let missing: Vec<&str> = needs.iter().filter(|need| !(need.present)()).map(|need| need.package).collect();
+    if missing.is_empty() {
         return Ok(());
     }
-    if !missing.is_empty() && !nix::unistd::geteuid().is_root() {
+    if !nix::unistd::geteuid().is_root() {
         bail!("install {} (QEMU {LEAST_QEMU_VERSION} or newer), or run this as root", missing.join(" "));
     }
-    let apt = Apt::new()?;
-    if !missing.is_empty() {
-        eprintln!("installing {}", missing.join(" "));
-        apt.install(&missing)?;
-    }
-    if kernel_missing {
-        fetch_kernel(&apt)?;
-    }
-    match NEEDS.iter().find(|need| !(need.present)()) {
+    eprintln!("installing {}", missing.join(" "));
+    Apt::new()?.install(&missing)?;
+    match needs.iter().find(|need| !(need.present)()) {
         Some(need) => bail!("package {} is installed but is not what is needed", need.package),
         None => Ok(()),
     }

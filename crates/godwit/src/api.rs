@@ -88,6 +88,37 @@ pub(crate) struct Machine {
     pub spec: Option<Spec>,
 }
 
+/// A disk that this host serves, or has served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct DiskView {
+    /// Its name: the machine's, a dot, and its number there.
+    pub name: String,
+    /// Its size.
+    pub size_bytes: u64,
+    /// The id of the image that it began as.
+    pub image: Option<String>,
+    /// The process that serves it.
+    pub server_pid: Option<i32>,
+    /// How much of it is where.
+    pub total: Places,
+    /// The same of parts of equal size, in order; only for a single disk.
+    #[serde(skip_serializing_if = "Vec::is_empty", default)]
+    pub parts: Vec<Places>,
+}
+
+/// How much of a disk is where, in bytes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub(crate) struct Places {
+    /// In its image, and not fetched yet; zero of a disk without one.
+    pub base_bytes: u64,
+    /// Here, as the image has it.
+    pub fetched_bytes: u64,
+    /// Here, and only here.
+    pub written_bytes: u64,
+    /// Zero, whatever the image has.
+    pub zero_bytes: u64,
+}
+
 /// A machine that isn't known any more.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 pub(crate) struct Removed {

@@ -7,6 +7,7 @@ mod agent;
 mod api;
 mod borrowed;
 mod cli;
+mod disk_server;
 mod http;
 mod job;
 mod log;

@@ -30,9 +30,9 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use super::{Agent, detached::detached, error::AgentError};
 use crate::{
     api::{
-        AdoptRequest, AssumeLost, BandwidthRequest, Check, Health, History, Machine, MigrateRequest,
-        Migration, OnStallRequest, Problem, ProblemCode, RecoverRequest, Recovery, Removed, RunRequest,
-        StopRequest,
+        AdoptRequest, AssumeLost, BandwidthRequest, Check, DiskView, Health, History, Machine,
+        MigrateRequest, Migration, OnStallRequest, Problem, ProblemCode, RecoverRequest, Recovery, Removed,
+        RunRequest, StopRequest,
     },
     job::{self, Command, Event},
 };
@@ -63,6 +63,8 @@ fn described() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(show_machine, remove_machine))
         .routes(routes!(stop_machine))
         .routes(routes!(kill_machine))
+        .routes(routes!(list_disks))
+        .routes(routes!(show_disk, remove_disk))
         .routes(routes!(list_migrations, start_migration))
         .routes(routes!(show_migration))
         .routes(routes!(events))
@@ -175,6 +177,26 @@ async fn show_machine(State(agent): Shared, Path(name): Path<String>) -> Answer<
     (status = OK, body = Removed), (status = NOT_FOUND, body = Problem), (status = CONFLICT, body = Problem)))]
 async fn remove_machine(State(agent): Shared, Path(name): Path<String>) -> Answer<Removed> {
     agent.remove_machine(&name).await.map(Json)
+}
+
+/// The disks that are served here, or were
+#[utoipa::path(get, path = "/v1/disks", responses((status = OK, body = Vec<DiskView>)))]
+async fn list_disks(State(agent): Shared) -> Answer<Vec<DiskView>> {
+    agent.list_disks().await.map(Json)
+}
+
+/// One disk, with what its parts have
+#[utoipa::path(get, path = "/v1/disks/{name}", responses(
+    (status = OK, body = DiskView), (status = NOT_FOUND, body = Problem)))]
+async fn show_disk(State(agent): Shared, Path(name): Path<String>) -> Answer<DiskView> {
+    agent.show_disk(&name).await.map(Json)
+}
+
+/// Remove a disk that no machine uses, with all that it has
+#[utoipa::path(delete, path = "/v1/disks/{name}", responses(
+    (status = OK, body = Removed), (status = NOT_FOUND, body = Problem), (status = CONFLICT, body = Problem)))]
+async fn remove_disk(State(agent): Shared, Path(name): Path<String>) -> Answer<Removed> {
+    agent.remove_disk(&name).await.map(Json)
 }
 
 /// Ask the guest to power off, and wait until it has

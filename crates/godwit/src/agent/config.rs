@@ -17,6 +17,8 @@ use serde::{Deserialize, Deserializer, de::Error as _};
 pub(crate) const DEFAULT_CONFIG: &str = "/etc/godwit/agent.toml";
 /// Where the command line looks for the agent when it isn't told.
 pub(crate) const DEFAULT_SOCKET: &str = "/run/godwit/agent.sock";
+/// Where images are kept when nothing else is said.
+pub(crate) const DEFAULT_REPOSITORY: &str = "/var/lib/godwit/repository";
 /// Where a host's identity lies when nothing else is said.
 pub(crate) const DEFAULT_IDENTITY: &str = "/etc/godwit/identity";
 
@@ -54,6 +56,9 @@ pub(crate) struct Config {
     /// keeps none, and asks no other host to.
     #[serde(default = "default_shared_pages")]
     pub shared_pages: ByteSize,
+    /// Where the images are that machines' disks begin as: a directory, or `s3://bucket/prefix`.
+    #[serde(default = "default_repository")]
+    pub repository: String,
     /// What a peer's machine may name on this host, and what that is here.
     #[serde(default)]
     pub accept: Policy,
@@ -178,6 +183,10 @@ fn default_partial_limit() -> ByteSize {
 
 fn default_shared_pages() -> ByteSize {
     ByteSize::from_bytes(256 << 20)
+}
+
+fn default_repository() -> String {
+    DEFAULT_REPOSITORY.to_owned()
 }
 
 fn default_memory_reserve() -> ByteSize {

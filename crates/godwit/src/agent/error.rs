@@ -91,6 +91,8 @@ pub(super) enum Refusal {
     Reach(#[from] ReachRefusal),
     #[error("{0}")]
     Adoption(String),
+    #[error("{0}; stop its machine first")]
+    DiskInUse(String),
 }
 
 /// Why a request fails.
@@ -100,6 +102,8 @@ pub(super) enum AgentError {
     NotFound { what: &'static str, name: String },
     #[error("{0}")]
     Invalid(String),
+    #[error("a disk of the machine can't be served: {0}")]
+    Disk(String),
     #[error(transparent)]
     Spec(#[from] SpecError),
     #[error(transparent)]

@@ -1,7 +1,7 @@
 //! Starting QEMU for a machine, and clearing away what it leaves.
 //!
 //! ```text
-//! note written ──► TAPs made ──► QEMU starts, daemonises ──► monitor answers ──► process and spec written down
+//! note written ──► disks served ──► TAPs made ──► QEMU starts, daemonises ──► monitor answers ──► process and spec written down
 //!     └────── any failure: QEMU killed, TAPs removed, note removed; by the next agent, if this one died ──┘
 //! ```
 
@@ -17,7 +17,7 @@ use godwit_qemu::{
 use tokio::time::timeout;
 
 use super::{
-    Agent,
+    Agent, disks,
     error::AgentError,
     machines::monitor,
     process::{self, Privilege, Process},
@@ -63,6 +63,7 @@ async fn bring_up(
     directory: &MachineDir,
     starting: &Starting,
 ) -> Result<Running, AgentError> {
+    agent.serve_disks(&spec, directory).await?;
     let taps = make_taps(&spec, &starting.taps).await?;
     let process = launch(agent, &spec, directory, taps, starting.incoming).await?;
     let running = Running { process, taps: starting.taps.clone(), adopted_qmp: None };
@@ -77,6 +78,7 @@ pub(super) async fn clear(directory: &MachineDir) {
     if let Ok(Some(running)) = directory.running() {
         remove_taps(&running.taps).await;
     }
+    disks::end_servers(directory).await;
     directory.clear_running();
     directory.set_started();
 }

@@ -28,6 +28,7 @@ mod check;
 pub(crate) mod config;
 mod credentials;
 mod detached;
+mod disks;
 mod error;
 mod forecast;
 mod history;
@@ -129,6 +130,7 @@ pub(crate) struct Agent {
     metrics: Metrics,
     admission: Admission,
     history: History,
+    servers: disks::Servers,
 }
 
 /// Runs the agent until SIGTERM or SIGINT, or only checks that it could.
@@ -158,6 +160,7 @@ pub(crate) fn main(config: &Path, check: bool) -> Result<(), StartError> {
         metrics: Metrics::default(),
         admission: Admission::default(),
         history,
+        servers: disks::Servers::default(),
     });
     let threads =
         std::thread::available_parallelism().map_or(THREADS_MIN, |cores| cores.get().max(THREADS_MIN));
@@ -178,6 +181,7 @@ impl Agent {
         self.obey_orders().await;
         tokio::spawn(self.clone().keep_settling());
         tokio::spawn(self.clone().reap_machines());
+        tokio::spawn(self.clone().keep_disks_served());
         tokio::spawn(self.clone().keep_shared_pages());
         let (kept, reload) = (self.clone(), signal(SignalKind::hangup())?);
         tokio::spawn(async move { kept.credentials.keep(reload).await });

@@ -8,6 +8,8 @@
 //!                            /starting.json  while a start or an arrival isn't over
 //!                            /token.json token-written.json  who may run it (see `crate::token`)
 //!                            /qemu.pid qmp.sock qmp-migration.sock console.sock qemu.log
+//!                            disk<n>.sock  where a disk is served
+//!            /disks/<machine>.<n>/        a disk that is served (see `godwit_block::Disk`), and what its server says
 //!            /migrations/<id>/…           see `crate::job`
 //!            /partial/<name>.memory       what arrived of a migration that broke (`--keep-partial`)
 //!            /stand-down/<machine>@<host>.json  what a host that was declared lost is told when it answers
@@ -80,7 +82,7 @@ impl StateDir {
     /// # Errors
     /// [`StateError::Locked`] if another agent has it, or what the file system says.
     pub(crate) fn open(root: &Path) -> Result<Self, StateError> {
-        let inner = ["machines", "migrations", "learned"].map(|name| root.join(name));
+        let inner = ["machines", "migrations", "learned", "disks"].map(|name| root.join(name));
         for directory in [root.to_owned()].into_iter().chain(inner) {
             make_private_dir(&directory)?;
         }
@@ -128,6 +130,28 @@ impl StateDir {
     #[must_use]
     pub(crate) fn partial(&self, machine: &str) -> PathBuf {
         self.root.join("partial").join(format!("{machine}.memory"))
+    }
+
+    /// The directory of a disk that is served to a machine. It stays when the machine is forgotten.
+    #[must_use]
+    pub(crate) fn disk(&self, machine: &str, index: usize) -> PathBuf {
+        self.disk_called(&format!("{machine}.{index}"))
+    }
+
+    /// The same, by its name.
+    #[must_use]
+    pub(crate) fn disk_called(&self, name: &str) -> PathBuf {
+        self.root.join("disks").join(name)
+    }
+
+    /// The names of all disks.
+    ///
+    /// # Errors
+    /// If the directory can't be read.
+    pub(crate) fn disks(&self) -> Result<Vec<String>, StateError> {
+        let mut names = list(&self.root.join("disks"))?;
+        names.sort();
+        Ok(names)
     }
 
     /// A machine's place, whether there is one or not.

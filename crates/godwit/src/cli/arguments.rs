@@ -4,11 +4,12 @@ use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand, ValueHint};
 use clap_complete::Shell;
+use godwit_block::repository::{ImageName, RepositoryError};
 use godwit_transport::identity::HostName;
 
 use super::exit;
 use crate::{
-    agent::config::{DEFAULT_CONFIG, DEFAULT_IDENTITY, DEFAULT_SOCKET},
+    agent::config::{DEFAULT_CONFIG, DEFAULT_IDENTITY, DEFAULT_REPOSITORY, DEFAULT_SOCKET},
     job::{OnStall, Options, RECONNECT_TIMEOUT_MS, StopPolicyName, Technique, Verify},
     quantity::{RateLimit, parse_rate, parse_rate_limit, parse_size, parse_time},
 };
@@ -49,6 +50,11 @@ pub(super) enum Verb {
     /// Start, list and end machines
     #[command(subcommand)]
     Vm(VmVerb),
+    /// List, draw and remove the disks that this host serves
+    #[command(subcommand)]
+    Disk(DiskVerb),
+    /// Bring in, list and remove the images that disks begin as
+    Image(Images),
     /// Move a running machine to another host
     Migrate(Box<Migrate>),
     /// Say whether a migration would be refused, and what it would take; moves nothing
@@ -115,6 +121,105 @@ pub(super) enum Verb {
     /// Look at a guest's memory (started by the agent)
     #[command(hide = true)]
     Sample,
+    /// Serve a disk to QEMU (started by the agent)
+    #[command(hide = true)]
+    DiskServer(DiskServer),
+}
+
+/// What is done with disks.
+#[derive(Debug, Subcommand)]
+pub(super) enum DiskVerb {
+    /// List the disks that are served here, or were
+    Ls,
+    /// Draw what of a disk was written, fetched, made zero, and is missing
+    #[command(after_help = "Example:\n  godwit disk show web1.0")]
+    Show {
+        /// The disk: its machine's name, a dot, and its number
+        #[arg(value_name = "DISK")]
+        name: String,
+    },
+    /// Remove a disk that no machine uses, with all that it has
+    Rm {
+        /// The disk
+        #[arg(value_name = "DISK")]
+        name: String,
+    },
+}
+
+/// What `godwit image` takes.
+#[derive(Debug, Args)]
+pub(super) struct Images {
+    /// Where images are kept: a directory, or s3://bucket/prefix with AWS_ACCESS_KEY_ID and the like in the environment
+    #[arg(long, global = true, value_name = "LOCATION", env = "GODWIT_REPOSITORY", default_value = DEFAULT_REPOSITORY)]
+    pub(super) repository: String,
+    #[command(subcommand)]
+    pub(super) verb: ImageVerb,
+}
+
+/// What is done with images.
+#[derive(Debug, Subcommand)]
+pub(super) enum ImageVerb {
+    /// Bring an image in; cut off, it goes on where it was when it is called again
+    #[command(
+        after_help = "Examples:\n  godwit image import debian.qcow2 --name debian\n  godwit image import disk.raw --name web --repository s3://images/prod"
+    )]
+    Import {
+        /// The image: raw or qcow2
+        #[arg(value_hint = ValueHint::FilePath)]
+        file: PathBuf,
+        /// What it will be called
+        #[arg(long, value_name = "NAME", value_parser = image_name)]
+        name: ImageName,
+        /// How to read it [default: as it looks, unless it is a qcow2 above other files]
+        #[arg(long)]
+        format: Option<Format>,
+    },
+    /// List images
+    Ls,
+    /// Remove an image, and what no other has
+    Rm {
+        /// Its name
+        #[arg(value_parser = image_name)]
+        name: ImageName,
+    },
+    /// Read an image whole, and say what of it is missing or damaged; all images without a name
+    Verify {
+        /// Its name
+        #[arg(value_parser = image_name)]
+        name: Option<ImageName>,
+    },
+}
+
+/// How an image is read.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(super) enum Format {
+    /// The disk's bytes
+    Raw,
+    /// QEMU's copy-on-write format
+    Qcow2,
+}
+
+fn image_name(name: &str) -> Result<ImageName, RepositoryError> {
+    name.to_owned().try_into()
+}
+
+/// What `godwit disk-server` takes.
+#[derive(Debug, Args)]
+pub(super) struct DiskServer {
+    /// The disk's directory
+    pub(super) directory: PathBuf,
+    /// The unix socket for QEMU
+    #[arg(long)]
+    pub(super) listen: PathBuf,
+    /// Where the disk's image is
+    #[arg(long)]
+    pub(super) repository: Option<String>,
+    /// QEMU may not write
+    #[arg(long)]
+    pub(super) read_only: bool,
+    /// Make a disk of this size first
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub(super) create: Option<u64>,
 }
 
 /// What `godwit recover` takes.

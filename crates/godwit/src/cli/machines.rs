@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path, process::ExitCode, time::Duration};
 
-use godwit_qemu::machine::Spec;
+use godwit_qemu::machine::{Disk, Spec};
 
 use super::{arguments::VmVerb, client::Client, console, exit::Failure};
 use crate::{
@@ -86,7 +86,7 @@ fn show(machine: &Machine) -> String {
     if let Some(spec) = &machine.spec {
         rows.push(["machine type".to_owned(), spec.machine.clone()]);
         rows.push(["cpu".to_owned(), format!("{} × {}", spec.vcpus, spec.cpu)]);
-        rows.extend(spec.disk.iter().map(|disk| ["disk".to_owned(), disk.path.display().to_string()]));
+        rows.extend(spec.disk.iter().map(|disk| ["disk".to_owned(), content(disk)]));
         rows.extend(spec.net.iter().enumerate().map(|(index, net)| {
             let plug = net.bridge.as_ref().or(net.tap.as_ref()).map_or("-", String::as_str);
             ["network".to_owned(), format!("{plug} {}", spec.mac(index))]
@@ -95,6 +95,15 @@ fn show(machine: &Machine) -> String {
         rows.extend(left_behind.map(|what| ["left behind".to_owned(), what.clone()]));
     }
     output::table(["name", &machine.name], &rows)
+}
+
+/// What a disk is.
+fn content(disk: &Disk) -> String {
+    if let Some(path) = &disk.path {
+        return path.display().to_string();
+    }
+    let image = disk.image.as_ref().map_or("served".to_owned(), |image| format!("served, began as {image}"));
+    disk.size.map_or(image.clone(), |size| format!("{image}, {size}"))
 }
 
 #[cfg(test)]

@@ -8,9 +8,11 @@ mod arguments;
 mod check;
 mod client;
 mod console;
+mod disk;
 mod exit;
 mod history;
 mod identity;
+mod image;
 mod machines;
 mod migrations;
 mod recover;
@@ -27,7 +29,7 @@ use self::{
     exit::Failure,
 };
 use crate::{
-    agent, log,
+    agent, disk_server, log,
     output::{Output, one_line},
     sample, worker,
 };
@@ -73,8 +75,15 @@ fn run(arguments: Arguments, output: Output) -> Result<ExitCode, Failure> {
         }
         Verb::Sample => sample::run(std::io::stdin().lock(), std::io::stdout().lock())
             .map_err(|error| Failure::failed(one_line(&error)))?,
+        Verb::DiskServer(start) => {
+            log::of_agent();
+            disk_server::main(start.create, start.into())
+                .map_err(|error| Failure::failed(one_line(&error)))?;
+        }
         Verb::Check(check) => return block_on(check::run(&client, check, output)),
         Verb::History => return block_on(history::run(&client, output)),
+        Verb::Disk(verb) => block_on(disk::run(&client, verb, output))?,
+        Verb::Image(images) => block_on(image::run(images, output))?,
         Verb::Vm(verb) => return block_on(machines::run(&client, verb, output)),
         Verb::Migrate(migrate) => return block_on(migrations::migrate(&client, migrate, output)),
         Verb::Status(status) => return block_on(migrations::status(&client, status, output)),
@@ -88,6 +97,17 @@ fn run(arguments: Arguments, output: Output) -> Result<ExitCode, Failure> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+impl From<arguments::DiskServer> for disk_server::DiskServer {
+    fn from(start: arguments::DiskServer) -> Self {
+        Self {
+            directory: start.directory,
+            socket: start.listen,
+            repository: start.repository,
+            read_only: start.read_only,
+        }
+    }
 }
 
 /// The verbs that talk to the agent need a runtime of one thread.

@@ -25,11 +25,20 @@ pub(crate) struct Plan {
     pub vcpus: u32,
     /// A shell's command that the guest runs again and again beside its workload; none if empty.
     pub command: &'static str,
+    /// Disks that godwit serves, as they stand in the machine's file.
+    pub disks: &'static str,
 }
 
 impl Plan {
-    pub(crate) const IDLE: Plan =
-        Plan { machine: "pc", memory_mb: 256, workload: "idle", all_devices: false, vcpus: 1, command: "" };
+    pub(crate) const IDLE: Plan = Plan {
+        machine: "pc",
+        memory_mb: 256,
+        workload: "idle",
+        all_devices: false,
+        vcpus: 1,
+        command: "",
+        disks: "",
+    };
     pub(crate) const LIGHT: Plan = Plan { workload: "light", ..Plan::IDLE };
     pub(crate) const MEDIUM: Plan = Plan { workload: "medium", ..Plan::IDLE };
     /// Does nothing but write to its memory.
@@ -47,7 +56,7 @@ impl Plan {
         let (kernel, initrd) = (hosts.image.kernel.display(), hosts.image.initrd.display());
         let (append, accel) = (self.kernel_command_line(address), accelerator());
         let Self { machine, memory_mb, all_devices, vcpus, .. } = self;
-        let mut devices = format!("[[net]]\nbridge = \"{GUEST_BRIDGE}\"\n");
+        let mut devices = format!("[[net]]\nbridge = \"{GUEST_BRIDGE}\"\n{}", self.disks);
         if all_devices {
             let disk = hosts.shared().join("disk.raw");
             fs::File::create(&disk).unwrap().set_len(16 << 20).unwrap();
@@ -103,6 +112,12 @@ impl Guest {
     /// Tells it to do something to itself, such as `suspend`.
     pub(crate) fn is_told(&self, order: &str) {
         self.progress.tell(order).unwrap();
+    }
+
+    /// What its command does goes on.
+    pub(crate) fn works_on(&self) {
+        let before = self.progress.writes();
+        eventually("the guest's command goes on", || self.progress.writes() > before + 1);
     }
 
     /// It works, its connection lives, and its whole working set is what it ever wrote.

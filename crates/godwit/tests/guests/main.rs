@@ -12,6 +12,7 @@
 //! | [`older`] | QEMU 7.2, which stops guests by itself |
 //! | [`failures`] | a worker that dies |
 //! | [`sharing`] | several guests that have pages in common |
+//! | [`disks`] | disks that godwit serves, and what happens to their servers |
 //! | [`foresight`] | what a migration will take, said before it begins |
 //!
 //! What judges shares no code with the product: the guest's own account of its working set, read over a TCP connection
@@ -22,6 +23,7 @@
 
 mod adopted;
 mod cancelling;
+mod disks;
 mod failures;
 mod foresight;
 mod guest;

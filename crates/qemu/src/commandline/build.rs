@@ -24,6 +24,12 @@ pub const RESERVED_OPTIONS: &[&str] = &[
 /// `sun_path` without the final NUL.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
 
+/// What a disk that godwit serves is called by its server.
+pub const SERVED_DISK: &str = "disk";
+/// How long QEMU waits for a disk's server that has gone, in seconds: an agent starts another at once, and whoever restarts
+/// an agent that has gone too does it in less.
+const RECONNECT_DELAY_S: &str = "60";
+
 /// The first PCI slot of each kind of device, fixed so that a further card doesn't move the disks. 0 to 2 and 31 are
 /// the chipset's and a display's.
 const NET_SLOT: usize = 0x03;
@@ -69,6 +75,11 @@ impl MachineDir {
     /// The other end of the guest's first serial port.
     pub fn console(&self) -> PathBuf {
         self.0.join("console.sock")
+    }
+
+    /// The socket of the server of a disk that godwit serves.
+    pub fn disk(&self, index: usize) -> PathBuf {
+        self.0.join(format!("disk{index}.sock"))
     }
 
     /// The other end of a character device of an adopted machine.
@@ -222,7 +233,7 @@ impl CommandLine {
             self.net(net, index, tap, &spec.mac(index).to_string(), bus);
         }
         for (index, disk) in spec.disk.iter().enumerate() {
-            self.disk(disk, index, bus);
+            self.disk(disk, index, bus, &launch.directory);
         }
         self.small_devices(spec, bus);
         self.boot(spec);
@@ -253,21 +264,12 @@ impl CommandLine {
         self.properties("device", card);
     }
 
-    fn disk(&mut self, disk: &Disk, index: usize, bus: &'static str) {
+    fn disk(&mut self, disk: &Disk, index: usize, bus: &'static str, directory: &MachineDir) {
         let node = format!("disk{index}");
-        let path = text(&disk.path);
-        let special = path.starts_with("/dev/") && !path.starts_with("/dev/shm/");
-        self.properties(
-            "blockdev",
-            [
-                ("driver", format_name(disk.format)),
-                ("node-name", &node),
-                ("read-only", on_off(disk.read_only)),
-                ("cache.direct", on_off(disk.cache == DiskCache::None)),
-                ("file.driver", if special { "host_device" } else { "file" }),
-                ("file.filename", &path),
-            ],
-        );
+        match &disk.path {
+            Some(path) => self.file_node(disk, &node, path),
+            None => self.served_node(disk, &node, &directory.disk(index)),
+        }
         let driver = match disk.interface {
             DiskInterface::VirtioBlk => "virtio-blk-pci",
         };
@@ -275,7 +277,47 @@ impl CommandLine {
         front.push(("drive", node));
         front.push(("write-cache", on_off(disk.cache != DiskCache::Writethrough).to_owned()));
         front.extend(disk.serial.clone().map(|serial| ("serial", serial)));
+        if disk.path.is_none() {
+            // What the server refuses, because it is full or has given the disk away, stops the machine and not the guest.
+            front.extend([("werror", "stop".to_owned()), ("rerror", "stop".to_owned())]);
+        }
         self.properties("device", front);
+    }
+
+    fn file_node(&mut self, disk: &Disk, node: &str, path: &Path) {
+        let path = text(path);
+        let special = path.starts_with("/dev/") && !path.starts_with("/dev/shm/");
+        self.properties(
+            "blockdev",
+            [
+                ("driver", format_name(disk.format)),
+                ("node-name", node),
+                ("read-only", on_off(disk.read_only)),
+                ("cache.direct", on_off(disk.cache == DiskCache::None)),
+                ("file.driver", if special { "host_device" } else { "file" }),
+                ("file.filename", &path),
+            ],
+        );
+    }
+
+    /// A node above the server's, so that what is beneath it can be exchanged.
+    fn served_node(&mut self, disk: &Disk, node: &str, socket: &Path) {
+        self.properties(
+            "blockdev",
+            [
+                ("driver", "raw"),
+                ("node-name", node),
+                ("read-only", on_off(disk.read_only)),
+                ("discard", "unmap"),
+                ("file.driver", "nbd"),
+                ("file.node-name", &format!("{node}-server")),
+                ("file.server.type", "unix"),
+                ("file.server.path", &text(socket)),
+                ("file.export", SERVED_DISK),
+                ("file.reconnect-delay", RECONNECT_DELAY_S),
+                ("file.discard", "unmap"),
+            ],
+        );
     }
 
     fn small_devices(&mut self, spec: &Spec, bus: &'static str) {
@@ -384,7 +426,10 @@ mod tests {
         machine = "pc-q35-10.0"
         memory = "512M"
         net = [{ bridge = "br0", queues = 2 }, { tap = "tap7", model = "e1000", mac = "52:54:00:00:00:07" }]
-        disk = [{ path = "/srv/a,id=x.img" }, { path = "/dev/vg/b", cache = "writethrough", read_only = true }]
+        disk = [
+            { path = "/srv/a,id=x.img" }, { path = "/dev/vg/b", cache = "writethrough", read_only = true },
+            { image = "debian", size = "20G" },
+        ]
         boot = { kernel = "/srv/vmlinuz", append = "console=ttyS0, quiet" }
         extra = ["-rtc", "base=utc"]
     "#;
@@ -415,6 +460,11 @@ mod tests {
              file.filename=/srv/a,,id=x.img");
         has("driver=raw,node-name=disk1,read-only=on,cache.direct=off,file.driver=host_device,\
              file.filename=/dev/vg/b");
+        has("driver=raw,node-name=disk2,read-only=off,discard=unmap,file.driver=nbd,\
+             file.node-name=disk2-server,file.server.type=unix,file.server.path=/run/godwit/web,,1/disk2.sock,\
+             file.export=disk,file.reconnect-delay=60,file.discard=unmap");
+        has("driver=virtio-blk-pci,id=disk2-device,bus=pcie.0,addr=0x0d,drive=disk2,write-cache=on,\
+             werror=stop,rerror=stop");
         has("console=ttyS0, quiet");
         assert_eq!(line.last().unwrap(), "base=utc");
     }

@@ -60,7 +60,7 @@ fn an_honest_machine_is_substituted() {
     let spec = accept(&honest()).unwrap();
     assert_eq!(spec.net[0].bridge.as_deref(), Some("lan"));
     assert_eq!(spec.net[1].tap.as_deref(), Some("tap9"));
-    let disks: Vec<_> = spec.disk.iter().map(|disk| disk.path.to_str().unwrap()).collect();
+    let disks: Vec<_> = spec.disk.iter().map(|disk| disk.path.as_ref().unwrap().to_str().unwrap()).collect();
     assert_eq!(disks, ["/mnt/vm/web1/a,b.img", "/iso/c.iso"]);
     let boot = spec.boot.unwrap();
     assert_eq!(

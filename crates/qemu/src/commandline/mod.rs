@@ -8,7 +8,7 @@ pub(crate) mod rules;
 
 pub use self::{
     arguments::{Argument, ArgumentError, parse},
-    build::{BuildError, Launch, MachineDir, RESERVED_OPTIONS, build},
+    build::{BuildError, Launch, MachineDir, RESERVED_OPTIONS, SERVED_DISK, build},
     policy::{Policy, PolicyRefusal, files, localise},
 };
 

@@ -81,7 +81,11 @@ pub fn localise(spec: &Spec, policy: &Policy) -> Result<Spec, PolicyRefusal> {
         policy.substitute_network(&format!("net[{index}]"), net)?;
     }
     for (index, disk) in local.disk.iter_mut().enumerate() {
-        disk.path = policy.local_path(&format!("disk[{index}].path"), &disk.path)?;
+        let key = format!("disk[{index}]");
+        let Some(path) = &disk.path else {
+            return Err(SpecError::new(key, "is served by its host; such a disk can't be moved yet").into());
+        };
+        disk.path = Some(policy.local_path(&format!("{key}.path"), path)?);
     }
     if let Some(boot) = &mut local.boot {
         boot.kernel = policy.local_path("boot.kernel", &boot.kernel)?;
@@ -102,7 +106,7 @@ pub fn localise(spec: &Spec, policy: &Policy) -> Result<Spec, PolicyRefusal> {
 /// may touch the file system to find out.
 #[must_use]
 pub fn files(spec: &Spec) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = spec.disk.iter().map(|disk| disk.path.clone()).collect();
+    let mut files: Vec<PathBuf> = spec.disk.iter().filter_map(|disk| disk.path.clone()).collect();
     files.extend(
         spec.boot.iter().flat_map(|boot| [Some(&boot.kernel), boot.initrd.as_ref()]).flatten().cloned(),
     );

@@ -145,12 +145,19 @@ pub enum NetModel {
     E1000,
 }
 
-/// A disk.
+/// A disk: a file or device that QEMU opens itself (`path`), or one that godwit serves (`image`, `size`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Disk {
     /// Absolute path of the image or device.
-    pub path: PathBuf,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// What a disk that is served begins as: the name of an image in the repository; nothing if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// How large a disk is that is served; as its image if it is absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<ByteSize>,
     /// How the image is to be read; never guessed, because a guest can write a header into a raw image.
     #[serde(default)]
     pub format: DiskFormat,

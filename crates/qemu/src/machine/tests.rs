@@ -76,7 +76,23 @@ fn errors_name_file_line_and_key() {
         ),
         (
             web1("path = \"/srv/vm/web1.qcow2\"\n", ""),
-            "web1.toml:8: disk[0].path: is missing; every machine needs it",
+            "web1.toml:8: disk[0]: needs a path that QEMU opens, or an image or a size that godwit serves",
+        ),
+        (
+            web1("[[disk]]", "[[disk]]\nsize = \"1G\""),
+            "web1.toml:10: disk[0].path: stands beside image or size; either QEMU opens a file, or godwit serves a disk",
+        ),
+        (
+            web1("path = \"/srv/vm/web1.qcow2\"\n", "image = \"../debian\"\n"),
+            "web1.toml:9: disk[0].image: \"../debian\" isn't an image's name; see `godwit image ls`",
+        ),
+        (
+            web1("path = \"/srv/vm/web1.qcow2\"\n", "size = \"0M\"\n"),
+            "web1.toml:9: disk[0].size: 0 isn't the size of a disk",
+        ),
+        (
+            web1("path = \"/srv/vm/web1.qcow2\"\n", "size = \"1G\"\n"),
+            "web1.toml:8: disk[0]: has a format or cache, which are for files that QEMU opens; leave them out",
         ),
         (
             web1("name = \"web1\"", "name = \"Web 1\""),

@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path};
 
-use super::{Adopted, ByteSize, DirectBoot, Disk, Net, Spec};
+use super::{Adopted, ByteSize, DirectBoot, Disk, DiskCache, DiskFormat, Net, Spec};
 use crate::commandline::RESERVED_OPTIONS;
 
 /// PCI slots are few; so many cards and disks always fit.
@@ -145,7 +145,16 @@ pub(crate) fn check_interface(key: &str, name: &str) -> Result<(), SpecError> {
 }
 
 fn check_disk(key: &str, disk: &Disk) -> Result<(), SpecError> {
-    check_path(&format!("{key}.path"), &disk.path)?;
+    match &disk.path {
+        Some(path) if disk.image.is_none() && disk.size.is_none() => {
+            check_path(&format!("{key}.path"), path)?
+        }
+        Some(_) => {
+            let problem = "stands beside image or size; either QEMU opens a file, or godwit serves a disk";
+            return Err(SpecError::new(format!("{key}.path"), problem));
+        }
+        None => check_served(key, disk)?,
+    }
     let Some(serial) = &disk.serial else { return Ok(()) };
     let plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
     if (1..=20).contains(&serial.len()) && serial.chars().all(plain) {
@@ -153,6 +162,34 @@ fn check_disk(key: &str, disk: &Disk) -> Result<(), SpecError> {
     }
     let problem = format!("\"{}\" isn't 1 to 20 letters, digits, '.', '_' or '-'", shown(serial));
     Err(SpecError::new(format!("{key}.serial"), problem))
+}
+
+/// A disk that godwit serves.
+fn check_served(key: &str, disk: &Disk) -> Result<(), SpecError> {
+    if disk.image.is_none() && disk.size.is_none() {
+        return Err(SpecError::new(
+            key,
+            "needs a path that QEMU opens, or an image or a size that godwit serves",
+        ));
+    }
+    if let Some(image) = &disk.image {
+        let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
+        let starts_well = image.starts_with(|c: char| c.is_ascii_alphanumeric());
+        if !starts_well || image.len() > 63 || !image.chars().all(plain) {
+            let problem = format!("\"{}\" isn't an image's name; see `godwit image ls`", shown(image));
+            return Err(SpecError::new(format!("{key}.image"), problem));
+        }
+    }
+    if disk.size.is_some_and(|size| size.bytes() == 0) {
+        return Err(SpecError::new(format!("{key}.size"), "0 isn't the size of a disk"));
+    }
+    if disk.format != DiskFormat::default() || disk.cache != DiskCache::default() {
+        return Err(SpecError::new(
+            key,
+            "has a format or cache, which are for files that QEMU opens; leave them out",
+        ));
+    }
+    Ok(())
 }
 
 fn check_boot(boot: &DirectBoot) -> Result<(), SpecError> {

@@ -1,0 +1,116 @@
+//! `godwit disk`: what this host has of its machines' disks.
+
+use super::{arguments::DiskVerb, client::Client, exit::Failure};
+use crate::{
+    api::{DiskView, Places, Removed},
+    output::{Output, table},
+    quantity::size,
+};
+
+/// Cells of the picture in a line.
+const LINE_CELLS: usize = 64;
+
+/// Does what is asked with disks.
+pub(super) async fn run(client: &Client, verb: DiskVerb, output: Output) -> Result<(), Failure> {
+    match verb {
+        DiskVerb::Ls => {
+            let disks: Vec<DiskView> = client.get("/v1/disks").await?;
+            output.answer(&disks, |disks| list(disks));
+        }
+        DiskVerb::Show { name } => {
+            let disk: DiskView = client.get(&path(&name)).await?;
+            output.answer(&disk, show);
+        }
+        DiskVerb::Rm { name } => {
+            let removed: Removed = client.delete(&path(&name)).await?;
+            output.answer(&removed, |removed| format!("{} is gone", removed.name));
+        }
+    }
+    Ok(())
+}
+
+/// The path of a disk in the API; whatever can't be in a name can't be in the path either.
+fn path(name: &str) -> String {
+    let plain = |c: &char| c.is_ascii_alphanumeric() || "-.".contains(*c);
+    format!("/v1/disks/{}", name.chars().filter(plain).collect::<String>())
+}
+
+fn list(disks: &[DiskView]) -> String {
+    if disks.is_empty() {
+        return "no disks; a machine's file says `[[disk]]` and `size` or `image`".to_owned();
+    }
+    let rows: Vec<_> = disks
+        .iter()
+        .map(|disk| {
+            [
+                disk.name.clone(),
+                size(disk.size_bytes),
+                size(disk.total.written_bytes),
+                size(disk.total.fetched_bytes),
+                image(disk),
+                disk.server_pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
+            ]
+        })
+        .collect();
+    table(["NAME", "SIZE", "WRITTEN", "FETCHED", "IMAGE", "SERVER"], &rows)
+}
+
+fn image(disk: &DiskView) -> String {
+    disk.image.as_deref().map_or_else(|| "-".to_owned(), |id| id.chars().take(12).collect())
+}
+
+fn show(disk: &DiskView) -> String {
+    let Places { base_bytes, fetched_bytes, written_bytes, zero_bytes } = disk.total;
+    let rest = if disk.image.is_some() { "missing" } else { "never written" };
+    let rows = [
+        ["size".to_owned(), size(disk.size_bytes)],
+        ["image".to_owned(), image(disk)],
+        ["█ written".to_owned(), size(written_bytes)],
+        ["▒ fetched".to_owned(), size(fetched_bytes)],
+        ["0 zero".to_owned(), size(zero_bytes)],
+        [format!("· {rest}"), size(base_bytes)],
+    ];
+    let cells: Vec<char> = disk.parts.iter().map(cell).collect();
+    let lines: Vec<String> = cells.chunks(LINE_CELLS).map(|line| line.iter().collect()).collect();
+    let each = disk
+        .parts
+        .first()
+        .map_or(0, |part| part.base_bytes + part.fetched_bytes + part.written_bytes + part.zero_bytes);
+    format!("{}\n{}\neach of {}", table(["disk", &disk.name], &rows), lines.join("\n"), size(each))
+}
+
+/// What a part has most of; what was written counts wherever there is any.
+fn cell(part: &Places) -> char {
+    let most = [('▒', part.fetched_bytes), ('0', part.zero_bytes), ('·', part.base_bytes)];
+    if part.written_bytes > 0 {
+        return '█';
+    }
+    most.into_iter().max_by_key(|(_, bytes)| *bytes).map_or('·', |(glyph, _)| glyph)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_drawn() {
+        let part = |written_bytes, fetched_bytes, zero_bytes, base_bytes| Places {
+            base_bytes,
+            fetched_bytes,
+            written_bytes,
+            zero_bytes,
+        };
+        let disk = DiskView {
+            name: "web1.0".into(),
+            size_bytes: 4 << 20,
+            image: Some("ab".repeat(32)),
+            server_pid: None,
+            total: part(1, 2, 3, 4),
+            parts: vec![part(1, 99, 0, 0), part(0, 9, 1, 0), part(0, 0, 5, 1), part(0, 1, 1, 9)],
+        };
+        let drawn = show(&disk);
+        assert!(drawn.contains("\n█▒0·\n"), "{drawn}");
+        assert!(list(&[disk]).contains("abababababab"));
+        assert!(list(&[]).starts_with("no disks"));
+    }
+}
