@@ -234,14 +234,16 @@ impl<S: Storage> Desk<S> {
         let FlushState::Data(flush, ids) = std::mem::replace(&mut self.flush, FlushState::Idle) else {
             return;
         };
-        let sealed = result.map_err(|error| format!("can't sync the disk's data: {error}"));
-        let sealed = sealed.and_then(|()| self.store.seal(&flush).map_err(|error| describe(&error)));
-        match sealed {
+        if let Err(error) = result {
+            return self.break_off(format!("can't sync the disk's data: {error}"), ids);
+        }
+        match self.store.seal(&flush) {
             Ok(journal) => {
                 self.actions.push(Action::SyncJournal(journal.clone()));
                 self.flush = FlushState::Journal(journal, ids);
             }
-            Err(why) => self.break_off(why, ids),
+            Err(error) if error.is_full() => self.fail_for_want_of_space(ids, &describe(&error)),
+            Err(error) => self.break_off(describe(&error), ids),
         }
     }
 
@@ -458,6 +460,18 @@ impl<S: Storage> Desk<S> {
         self.broken = Some(why);
         for request in std::mem::take(&mut self.stalled) {
             self.submit(request);
+        }
+    }
+
+    /// A flush that found no space for its record: whoever waits for it may ask again when there is some.
+    fn fail_for_want_of_space(&mut self, ids: Vec<RequestId>, why: &str) {
+        let joining = std::mem::take(&mut self.joining);
+        let stalled = std::mem::take(&mut self.stalled).into_iter().map(|request| request.id);
+        for id in ids.into_iter().chain(joining).chain(stalled) {
+            self.fail(id, Errno::NoSpace, why.to_owned());
+        }
+        for (chunk, _content) in std::mem::take(&mut self.unkept) {
+            self.fail_waiting(chunk, Errno::NoSpace, why);
         }
     }
 

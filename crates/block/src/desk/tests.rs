@@ -135,6 +135,19 @@ fn a_full_host_is_told_as_no_space() {
 }
 
 #[test]
+fn a_flush_that_finds_no_space_may_be_tried_again() {
+    let (mut desk, storage) = desk();
+    desk.submit(write(1, 0, &BLOCK, true));
+    desk.submit(request(2, 0, 0, Work::Flush));
+    storage.fault_at(storage.operations() + 1, Fault::Full);
+    desk.data_synced(Ok(()));
+    desk.submit(request(3, 0, 0, Work::Flush));
+    desk.data_synced(Ok(()));
+    desk.journal_synced(Ok(()));
+    assert_eq!(told(&mut desk), ["sync", "1 NoSpace", "2 NoSpace", "sync", "sync journal", "3 done"]);
+}
+
+#[test]
 fn what_a_client_wanted_goes_with_it() {
     let (mut desk, _) = desk();
     desk.submit(write(1, 512, &BLOCK[..512], false));

@@ -74,6 +74,11 @@ impl CrashStorage {
         self.0.borrow_mut().fault = Some((at, fault));
     }
 
+    /// Whether the fault came and was a death.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.0.borrow().dead
+    }
+
     /// The process is dead, and another comes: everything is as it was left.
     pub(crate) fn restart(&self) {
         let mut world = self.0.borrow_mut();

@@ -80,11 +80,12 @@ impl<S: Storage> Store<S> {
     /// [`StoreError`] says what failed.
     pub fn seal(&mut self, flush: &Flush<S::File>) -> Result<JournalSync<S::File>, StoreError> {
         let through = self.unsealed.number_at(flush.total).unwrap_or(self.journal.next());
-        self.unsealed.seal(flush.total);
-        if self.journal.next() > self.durable {
+        // A record may have been synced with an earlier flush that didn't seal it.
+        if self.journal.next() > self.durable || self.unsealed.reaches_below(flush.total) {
             let sealed = Record::Sealed { through, durable: self.durable };
             self.journal.append(sealed).map_err(StoreError::Map)?;
         }
+        self.unsealed.seal(flush.total);
         if self.journal.next() > self.compact_at {
             self.compact();
         }

@@ -14,8 +14,8 @@ use crate::{
     storage::{Storage, StorageFile},
 };
 
-/// Records that a journal may have at least before a new file is begun: 8 MiB.
-const COMPACT_AT_MIN: u64 = 1 << 18;
+/// Records that a journal may have at least before a new file is begun: 8 MiB. Tests have short histories.
+const COMPACT_AT_MIN: u64 = if cfg!(test) { 20 } else { 1 << 18 };
 
 /// When a journal is long enough: when it is larger than what begins a new one.
 pub(super) fn compact_at(geometry: Geometry) -> u64 {

@@ -55,6 +55,11 @@ impl Unsealed {
         self.changes.get(index).map(|change| change.number)
     }
 
+    /// Whether there are changes before number `total`.
+    pub(super) fn reaches_below(&self, total: u64) -> bool {
+        self.sealed < total
+    }
+
     /// Lets go of the changes before number `total`.
     pub(super) fn seal(&mut self, total: u64) {
         let count = total.saturating_sub(self.sealed).min(self.changes.len() as u64);
