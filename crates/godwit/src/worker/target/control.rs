@@ -109,6 +109,8 @@ pub(super) struct Control<'a> {
     gave_up: Option<String>,
     outcome: Option<Outcome>,
     deadline: Instant,
+    /// What had come through the session when the deadline was set.
+    received_bytes: u64,
 }
 
 impl<'a> Control<'a> {
@@ -131,6 +133,7 @@ impl<'a> Control<'a> {
             gave_up: None,
             outcome: None,
             deadline: Instant::now() + job.options.reconnect_timeout() + PATIENCE,
+            received_bytes: 0,
         }
     }
 
@@ -190,9 +193,7 @@ impl<'a> Control<'a> {
 
     /// What follows from what happened.
     fn apply(&mut self, happened: Happened) -> Vec<Action> {
-        if self.outcome.is_none() {
-            self.deadline = Instant::now() + self.job.options.reconnect_timeout() + PATIENCE;
-        }
+        let heard = self.wait_anew();
         match happened {
             Happened::Arrived(Arrived::Token(token)) => self.token_received(token),
             Happened::Arrived(Arrived::Verified { pages }) => {
@@ -228,8 +229,19 @@ impl<'a> Control<'a> {
                 self.parts.handover.apply(TargetEvent::PeerSays(message))
             }
             Happened::Command(Command::SetBandwidth { .. } | Command::SetOnStall { .. }) => vec![],
+            // The pause of a guest that outran its link is long, and nothing but its memory comes.
+            Happened::Silence if heard => vec![],
             Happened::Silence => self.parts.handover.apply(TargetEvent::Timeout),
         }
+    }
+
+    /// Moves the deadline of a target that isn't settled; says whether anything came since it was last moved.
+    fn wait_anew(&mut self) -> bool {
+        if self.outcome.is_none() {
+            self.deadline = Instant::now() + self.job.options.reconnect_timeout() + PATIENCE;
+        }
+        let received_bytes = self.parts.session.stats().received_bytes;
+        std::mem::replace(&mut self.received_bytes, received_bytes) != received_bytes
     }
 
     /// Gives up, if that is still possible; before a hand-over was offered there is nothing but the session to end.
