@@ -1,5 +1,5 @@
 //! One busy guest, one link, and whoever wants to move it: godwit, and QEMU alone in three ways. Or godwit alone, while
-//! things fail.
+//! things fail; or with a disk that it serves.
 
 use std::path::PathBuf;
 
@@ -13,7 +13,10 @@ use crate::{
     product, setup,
 };
 
+mod claims;
+mod disk_local;
 mod failures;
+mod screen;
 mod table;
 
 /// Who is compared.
@@ -26,6 +29,8 @@ pub(crate) enum Scenario {
     Compare,
     /// What becomes of a guest when the link is cut and processes are killed while it moves.
     Failures,
+    /// A guest whose disk its host serves, from an image in a repository, while agent and server are killed.
+    DiskLocal,
 }
 
 /// What the command line asks for.
@@ -56,7 +61,11 @@ pub(crate) struct Request {
 /// When something is missing, a contender fails rather than loses, or a claim doesn't hold.
 pub(crate) fn run(request: &Request) -> Result<()> {
     setup::run()?;
-    let image = GuestImage::ensure()?;
+    let mut image = GuestImage::ensure()?;
+    if request.scenario == Scenario::DiskLocal {
+        setup::install_disk_tools()?;
+        image = image.with_drivers(&disk_local::DRIVERS)?;
+    }
     let wanted = |name: &str| request.only.is_empty() || request.only.iter().any(|only| only == name);
     let godwit = if wanted(GODWIT) { product::given_or_built(None)? } else { PathBuf::new() };
     let lab = Lab::new(request.link.shape())?;
@@ -72,10 +81,13 @@ pub(crate) fn run(request: &Request) -> Result<()> {
         compares_memories: true,
         finds_floor: false,
     };
-    println!("a {GUEST_MEMORY_MB} MB guest ({}), over {}", request.workload, request.link);
+    if request.scenario != Scenario::DiskLocal {
+        println!("a {GUEST_MEMORY_MB} MB guest ({}), over {}", request.workload, request.link);
+    }
     match request.scenario {
         Scenario::Compare => compare(&stage, request, wanted),
         Scenario::Failures => failures::run(&stage, request),
+        Scenario::DiskLocal => disk_local::run(&stage, request),
     }
 }
 

@@ -37,6 +37,10 @@ struct Need {
 /// What asks disks for something.
 const DISK_CLIENTS: [Need; 1] = [Need { package: "fio", present: || on_path("fio") }];
 
+/// What makes file systems and looks at them.
+const DISK_TOOLS: [Need; 1] =
+    [Need { package: "e2fsprogs", present: || ["mke2fs", "e2fsck", "debugfs"].into_iter().all(on_path) }];
+
 const NEEDS: [Need; 8] = [
     Need { package: "qemu-system-x86", present: has_qemu },
     Need {
@@ -72,6 +76,14 @@ pub(crate) fn run() -> Result<()> {
 /// As for [`run`].
 pub(crate) fn install_disk_clients() -> Result<()> {
     install(&DISK_CLIENTS)
+}
+
+/// Installs what makes file systems on disks and looks at them; returns at once when it is there.
+///
+/// # Errors
+/// As for [`run`].
+pub(crate) fn install_disk_tools() -> Result<()> {
+    install(&DISK_TOOLS)
 }
 
 fn install(needs: &[Need]) -> Result<()> {

@@ -171,6 +171,15 @@ impl Disk {
         };
         Ok(Self { store, storage, opening, base, lock })
     }
+
+    /// Flushes a disk, and says that nothing is left to lose. No requests may follow.
+    ///
+    /// # Errors
+    /// [`DiskError::Close`] says what failed; then the disk opens as after a crash.
+    pub fn close(&mut self) -> Result<(), DiskError> {
+        let path = self.storage.path().to_owned();
+        self.store.close().map_err(|source| DiskError::Close { path, source })
+    }
 }
 
 /// Removes a disk that nobody has open, with all that it has.

@@ -65,9 +65,17 @@ impl ImageBase {
         }
         let mut content = vec![0; self.disk.chunk_bytes(chunk) as usize];
         self.data.read_at(chunk.offset(), &mut content)?;
+        Ok(self.has_digest(chunk, &content, digest).then_some(content))
+    }
+
+    /// Whether `content` is what the disk would have of a chunk if it had all of it from the image.
+    pub(crate) fn is_copy(&self, chunk: ChunkIndex, content: &[u8]) -> io::Result<bool> {
+        Ok(self.has_digest(chunk, content, self.digest(chunk)?))
+    }
+
+    fn has_digest(&self, chunk: ChunkIndex, content: &[u8], digest: ChunkDigest) -> bool {
         let (image, beyond) = content.split_at(self.image.chunk_bytes(chunk) as usize);
-        let good = ChunkDigest::of(image) == digest && ChunkDigest::of(beyond) == ChunkDigest::ZERO;
-        Ok(good.then_some(content))
+        ChunkDigest::of(image) == digest && ChunkDigest::of(beyond) == ChunkDigest::ZERO
     }
 
     async fn fetch_patiently(&self, digest: ChunkDigest) -> Result<Bytes, RepositoryError> {

@@ -19,6 +19,7 @@ pub mod repository;
 mod serve;
 mod storage;
 mod store;
+mod whole;
 
 pub use base::BaseOutline;
 pub use desk::{Action, Control, Desk, FetchFailure, Reply, Request, RequestId, Work};
@@ -39,3 +40,4 @@ pub use store::{
     CreateError, Ending, Extent, Extents, Flush, JournalSync, OpenError, Opening, Outcome, Source, Store,
     StoreError, look,
 };
+pub use whole::{Checked, WholeError};

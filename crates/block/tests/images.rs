@@ -5,7 +5,8 @@
 use std::{path::Path, process::Command, sync::Arc};
 
 use godwit_block::{
-    CHUNK_BYTES, ChunkIndex, ImageFile, ImageFileError, ImageFormat,
+    Base, CHUNK_BYTES, Checked, ChunkIndex, Disk, DiskId, ImageFile, ImageFileError, ImageFormat, Outcome,
+    WholeError,
     repository::{Image, ImageName, Imported, Repository, RepositoryError, manifest::ChunkDigest},
 };
 
@@ -119,6 +120,69 @@ async fn what_no_image_has_any_more_goes_with_the_last_that_had_it() {
     assert!(read_back(&repository, &kept.image).await == content());
     assert_eq!(repository.remove(&name("one")).await.unwrap().chunks, 3);
     assert!(matches!(repository.remove(&name("one")).await, Err(RepositoryError::NoImage(_))));
+}
+
+/// A disk of the image "disk", larger than that, of which two chunks are copied, one of them written to in part.
+async fn disk(directory: &Path, repository: &Repository) -> (std::path::PathBuf, Vec<u8>) {
+    let raw = directory.join("raw");
+    std::fs::write(&raw, content()).unwrap();
+    let image = import(repository, "disk", &raw).await.unwrap().image;
+    let manifest = repository.manifest(&image).await.unwrap();
+    let path = directory.join("disk");
+    Disk::create(&path, DiskId([5; 16]), Some(20 * CHUNK_BYTES), Some(&manifest)).unwrap();
+    let mut disk = Disk::open(&path, Some(repository.clone())).unwrap();
+    for chunk in [0, 6].map(ChunkIndex) {
+        let content = disk.base.as_ref().unwrap().fetch(chunk).await.unwrap();
+        assert_eq!(disk.store.fill(chunk, &content).unwrap(), Outcome::Done);
+    }
+    let mut now = content();
+    now.resize(20 * CHUNK_BYTES as usize, 0);
+    for offset in [6 * CHUNK_BYTES + 8192, 15 * CHUNK_BYTES] {
+        assert_eq!(disk.store.write(offset, &[7; 4096]).unwrap(), Outcome::Done);
+        now[offset as usize..][..4096].fill(7);
+    }
+    disk.close().unwrap();
+    (path, now)
+}
+
+#[tokio::test]
+async fn a_disk_is_exported_as_its_machine_sees_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let repository = repository(directory.path());
+    let (path, now) = disk(directory.path(), &repository).await;
+    let disk = Disk::open(&path, Some(repository)).unwrap();
+    let file = directory.path().join("exported");
+    disk.export(&file, |_, _| {}).await.unwrap();
+    assert!(std::fs::read(&file).unwrap() == now);
+    let again = disk.export(&file, |_, _| {}).await;
+    assert!(matches!(again, Err(WholeError::Exists(_))), "{again:?}");
+}
+
+#[tokio::test]
+async fn copies_of_an_image_that_rot_are_found_and_fetched_anew() {
+    let directory = tempfile::tempdir().unwrap();
+    let repository = repository(directory.path());
+    let (path, now) = disk(directory.path(), &repository).await;
+    let data = path.join("data");
+    // A copy of a whole chunk, one beside what the disk wrote itself, and that.
+    for at in [1000, 6 * CHUNK_BYTES as usize + 5, 6 * CHUNK_BYTES as usize + 8192] {
+        let mut bytes = std::fs::read(&data).unwrap();
+        bytes[at] ^= 1;
+        std::fs::write(&data, bytes).unwrap();
+    }
+    let mut disk = Disk::open(&path, Some(repository)).unwrap();
+    let found = disk.check(false, |_, _| {}).await.unwrap();
+    assert_eq!((found.good_chunks, found.bad_chunks, found.repaired_chunks), (0, 2, 0));
+    assert!(found.problems[0].starts_with("chunk 0: "), "{found:?}");
+    assert_eq!(disk.check(true, |_, _| {}).await.unwrap().repaired_chunks, 2);
+    let right = Checked { good_chunks: 2, ..Checked::default() };
+    assert_eq!(disk.check(false, |_, _| {}).await.unwrap(), right);
+    let mut bytes = std::fs::read(&data).unwrap();
+    bytes[6 * CHUNK_BYTES as usize + 8192] ^= 1;
+    assert!(
+        bytes[..2 * 4096] == now[..2 * 4096]
+            && bytes[6 * CHUNK_BYTES as usize..][..16384] == now[6 * CHUNK_BYTES as usize..][..16384]
+    );
 }
 
 #[tokio::test]

@@ -99,6 +99,11 @@ pub(crate) struct DiskView {
     pub image: Option<String>,
     /// The process that serves it.
     pub server_pid: Option<i32>,
+    /// Where it is on this host.
+    #[schema(value_type = String)]
+    pub directory: PathBuf,
+    /// Where its image is.
+    pub repository: String,
     /// How much of it is where.
     pub total: Places,
     /// The same of parts of equal size, in order; only for a single disk.

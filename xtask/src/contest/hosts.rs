@@ -25,6 +25,7 @@ pub(crate) const MACHINE: &str = "web1";
 const AGENT_PORT: u16 = 4577;
 /// In a host's directory.
 const EMULATOR: &str = "qemu";
+const REPOSITORY: &str = "repository";
 const START_LIMIT: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -66,6 +67,11 @@ impl Host {
         let monitor =
             |machine| self.directory.join("state/machines").join(machine).join("qmp-migration.sock");
         floor::of_guests(machines.iter().map(monitor), memory_mb, &self.directory)
+    }
+
+    /// Where its machines' images are.
+    pub(crate) fn repository(&self) -> String {
+        self.directory.join(REPOSITORY).to_string_lossy().into_owned()
     }
 
     /// What the host keeps of a migration.
@@ -134,7 +140,12 @@ impl Hosts {
 
     /// Boots the one machine at host a.
     pub(crate) fn boot(&self, stage: &Stage, command_line: &str) -> Result<()> {
-        self.boot_machine(MACHINE, stage.memory_mb, stage.image, command_line)
+        self.boot_with(stage, command_line, "")
+    }
+
+    /// Boots the one machine at host a, with more in its file.
+    pub(crate) fn boot_with(&self, stage: &Stage, command_line: &str, more: &str) -> Result<()> {
+        self.run_machine(MACHINE, stage.memory_mb, stage.image, command_line, more)
     }
 
     /// Boots a machine at host a.
@@ -145,12 +156,23 @@ impl Hosts {
         image: &GuestImage,
         command_line: &str,
     ) -> Result<()> {
+        self.run_machine(name, memory_mb, image, command_line, "")
+    }
+
+    fn run_machine(
+        &self,
+        name: &str,
+        memory_mb: u64,
+        image: &GuestImage,
+        command_line: &str,
+        more: &str,
+    ) -> Result<()> {
         let file = self.a.directory.join(format!("{name}.toml"));
         let (kernel, initrd) = (image.kernel.display(), image.initrd.display());
         let spec = format!(
             "name = \"{name}\"\nmachine = \"pc\"\naccel = \"tcg\"\nmemory = \"{memory_mb}M\"\n\n\
              [boot]\nkernel = \"{kernel}\"\ninitrd = \"{initrd}\"\nappend = \"{command_line}\"\n\n\
-             [[net]]\nbridge = \"{GUEST_BRIDGE}\"\n"
+             [[net]]\nbridge = \"{GUEST_BRIDGE}\"\n{more}"
         );
         std::fs::write(&file, spec)?;
         self.ask(&self.a, &["vm", "run", &file.to_string_lossy()]).map(|_| ())
@@ -209,7 +231,7 @@ fn agent_config(host: &Host, other: Place, kernel: &Path) -> String {
     format!(
         "name = \"{name}\"\nstate_dir = \"{directory}/state\"\nsocket = \"{directory}/agent.sock\"\n\
          listen = \"{address}:{AGENT_PORT}\"\nidentity_dir = \"{directory}/identity\"\n\
-         emulator = \"{directory}/{EMULATOR}\"\n\n\
+         emulator = \"{directory}/{EMULATOR}\"\nrepository = \"{directory}/{REPOSITORY}\"\n\n\
          [accept]\npaths = {{ \"{images}\" = \"{images}\" }}\n\
          bridges = {{ \"{GUEST_BRIDGE}\" = \"{GUEST_BRIDGE}\" }}\n\n\
          [peers.{peer}]\naddress = \"{peer_address}:{AGENT_PORT}\"\nmay_send = true\nmay_receive = true\n"

@@ -15,24 +15,24 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use godwit_sim::{beats::BeatRecorder, lab::Place};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use self::{
-    claims::Claims,
     guest::Guest,
     migration::{Migration, unix_ms},
+};
+use super::{
+    Request,
+    claims::Claims,
     screen::{Screen, duration, grouped, megabytes},
 };
-use super::Request;
 use crate::contest::{
     GUEST_MEMORY_MB, Stage,
     hosts::{Host, Hosts, MACHINE},
 };
 
-mod claims;
 mod guest;
 mod migration;
-mod screen;
 
 /// In a report: what follows is the agent's doing.
 const BY_AGENT: &str = "; the agent: ";
@@ -61,21 +61,9 @@ const REPEATED_SHARE_MAX: f64 = 0.05;
 pub(super) fn run(stage: &Stage, request: &Request) -> Result<()> {
     let mut show = Show::begin(stage)?;
     let played = show.play();
-    print!("\n{}", show.claims.render());
+    let concluded = show.claims.conclude(played, &show.screen, request.json.as_deref());
     show.print_recovery()?;
-    let broken = show.claims.broken();
-    if let Some(path) = &request.json {
-        let seconds = show.screen.elapsed().as_secs_f64();
-        let holds = broken == 0 && played.is_ok();
-        let account = json!({ "holds": holds, "seconds": seconds, "claims": show.claims });
-        std::fs::write(path, serde_json::to_string_pretty(&account)? + "\n")
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    played?;
-    if broken > 0 {
-        bail!("claims that don't hold: {broken}");
-    }
-    Ok(())
+    concluded
 }
 
 struct Show<'a> {

@@ -89,6 +89,20 @@ impl<S: Storage> Store<S> {
         Ok(Outcome::Done)
     }
 
+    /// Puts what the base has, which the caller has verified, over the copies of a chunk's blocks.
+    ///
+    /// # Errors
+    /// [`StoreError`] says what failed.
+    pub fn mend(&mut self, chunk: ChunkIndex, content: &[u8]) -> Result<(), StoreError> {
+        let copies = self.state(chunk).at(Place::Fetched) & self.geometry().blocks(chunk);
+        for run in copies.runs() {
+            let piece = self.geometry().span(chunk, run);
+            let part = &content[piece.start as usize..piece.end as usize];
+            self.data.write_at(piece.offset(), part).map_err(data_error("repair a copy of the base"))?;
+        }
+        Ok(())
+    }
+
     fn write_piece(&mut self, piece: Piece, bytes: &[u8]) -> Result<Outcome, StoreError> {
         let chunk = piece.chunk;
         let state = self.state(chunk);

@@ -208,7 +208,8 @@ impl Agent {
     }
 
     async fn look_at(&self, name: &str, parts: usize) -> Result<DiskView, AgentError> {
-        let path = self.disk_path(name)?;
+        let directory = self.disk_path(name)?;
+        let path = directory.clone();
         let looked = spawn_blocking(move || look(&Directory::new(path))).await;
         let (identity, map) = match looked {
             Ok(looked) => {
@@ -224,6 +225,8 @@ impl Agent {
             size_bytes: identity.geometry.size_bytes(),
             image: identity.base.to_hex(),
             server_pid: server.filter(|(_, process)| process.is_alive()).map(|(_, process)| process.pid),
+            directory,
+            repository: self.config.repository.clone(),
             total: places.iter().fold(Places::default(), |sum, part| part.add_to(sum)),
             parts: Part::together(&places, parts),
         })

@@ -138,6 +138,30 @@ pub(super) enum DiskVerb {
         #[arg(value_name = "DISK")]
         name: String,
     },
+    /// Compare what a disk has of its image with the image's digests; its machine must be stopped
+    ///
+    /// What the machine wrote has no digests: the file system that it is on vouches for that.
+    #[command(after_help = "Example:\n  godwit disk check web1.0 --repair")]
+    Check {
+        /// The disk
+        #[arg(value_name = "DISK")]
+        name: String,
+        /// Fetch anew what is damaged
+        #[arg(long)]
+        repair: bool,
+    },
+    /// Write all that a disk has to a raw file; its machine must be stopped
+    #[command(
+        after_help = "Example:\n  godwit disk export web1.0 --to web1.raw && qemu-img convert -O qcow2 web1.raw web1.qcow2"
+    )]
+    Export {
+        /// The disk
+        #[arg(value_name = "DISK")]
+        name: String,
+        /// The file, which must not be there yet
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        to: PathBuf,
+    },
     /// Remove a disk that no machine uses, with all that it has
     Rm {
         /// The disk

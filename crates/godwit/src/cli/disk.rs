@@ -1,9 +1,14 @@
 //! `godwit disk`: what this host has of its machines' disks.
 
-use super::{arguments::DiskVerb, client::Client, exit::Failure};
+use std::path::Path;
+
+use godwit_block::{Checked, Disk, DiskError, WholeError, repository::Repository};
+use serde_json::json;
+
+use super::{arguments::DiskVerb, client::Client, exit::Failure, image::bar};
 use crate::{
-    api::{DiskView, Places, Removed},
-    output::{Output, table},
+    api::{DiskView, Places, Problem, ProblemCode, Removed},
+    output::{Output, one_line, table},
     quantity::size,
 };
 
@@ -21,12 +26,95 @@ pub(super) async fn run(client: &Client, verb: DiskVerb, output: Output) -> Resu
             let disk: DiskView = client.get(&path(&name)).await?;
             output.answer(&disk, show);
         }
+        DiskVerb::Check { name, repair } => check(&client.get(&path(&name)).await?, repair, output).await?,
+        DiskVerb::Export { name, to } => export(&client.get(&path(&name)).await?, &to, output).await?,
         DiskVerb::Rm { name } => {
             let removed: Removed = client.delete(&path(&name)).await?;
             output.answer(&removed, |removed| format!("{} is gone", removed.name));
         }
     }
     Ok(())
+}
+
+async fn check(view: &DiskView, repair: bool, output: Output) -> Result<(), Failure> {
+    let mut disk = open(view)?;
+    let bar = bar(format!("checking {}", view.name), output);
+    let checked = disk.check(repair, |done, total| {
+        bar.set_length(total.into());
+        bar.set_position(done.into());
+    });
+    let checked = checked.await;
+    bar.finish_and_clear();
+    let closed = disk.close();
+    let checked = checked?;
+    closed?;
+    let Checked { good_chunks, bad_chunks, repaired_chunks, problems } = &checked;
+    let told = json!({
+        "name": view.name,
+        "good_chunks": good_chunks,
+        "bad_chunks": bad_chunks,
+        "repaired_chunks": repaired_chunks,
+        "problems": problems,
+    });
+    output.answer(&told, |_| {
+        format!(
+            "{}: {good_chunks} copied chunks right, {bad_chunks} not, {repaired_chunks} repaired",
+            view.name
+        )
+    });
+    if bad_chunks == repaired_chunks {
+        return Ok(());
+    }
+    let first = problems.first().map_or("", String::as_str);
+    Err(Failure::failed(format!(
+        "{bad_chunks} chunks are not what the image has, the first: {first}; --repair fetches them anew"
+    )))
+}
+
+async fn export(view: &DiskView, to: &Path, output: Output) -> Result<(), Failure> {
+    let mut disk = open(view)?;
+    let bar = bar(format!("exporting {}", view.name), output);
+    let exported = disk.export(to, |done, total| {
+        bar.set_length(total.into());
+        bar.set_position(done.into());
+    });
+    let exported = exported.await;
+    bar.finish_and_clear();
+    disk.close()?;
+    exported.inspect_err(|error| {
+        // A file that was there before isn't ours to remove.
+        if !matches!(error, WholeError::Exists(_)) {
+            let _ = std::fs::remove_file(to);
+        }
+    })?;
+    let told = json!({ "name": view.name, "file": to, "size_bytes": view.size_bytes });
+    output.answer(&told, |_| format!("{} is in {}: {}", view.name, to.display(), size(view.size_bytes)));
+    Ok(())
+}
+
+/// Opens a disk that nobody serves.
+fn open(view: &DiskView) -> Result<Disk, Failure> {
+    let repository = view.image.as_ref().map(|_| Repository::open(&view.repository, std::env::vars()));
+    Ok(Disk::open(&view.directory, repository.transpose()?)?)
+}
+
+impl From<DiskError> for Failure {
+    fn from(error: DiskError) -> Self {
+        let code = match &error {
+            DiskError::Locked { .. } => ProblemCode::Refused,
+            _ => ProblemCode::Failed,
+        };
+        Self::Problem(Problem { code, message: one_line(&error) })
+    }
+}
+
+impl From<WholeError> for Failure {
+    fn from(error: WholeError) -> Self {
+        match &error {
+            WholeError::Exists(_) => Self::invalid(one_line(&error)),
+            _ => Self::failed(one_line(&error)),
+        }
+    }
 }
 
 /// The path of a disk in the API; whatever can't be in a name can't be in the path either.
@@ -105,6 +193,8 @@ mod tests {
             size_bytes: 4 << 20,
             image: Some("ab".repeat(32)),
             server_pid: None,
+            directory: "/var/lib/godwit/disks/web1.0".into(),
+            repository: "/var/lib/godwit/repository".into(),
             total: part(1, 2, 3, 4),
             parts: vec![part(1, 99, 0, 0), part(0, 9, 1, 0), part(0, 0, 5, 1), part(0, 1, 1, 9)],
         };

@@ -132,7 +132,7 @@ async fn verify(repository: &Repository, name: Option<ImageName>, output: Output
     Err(Failure::failed(format!("{bad_chunks} chunks are not what they should be; the first: {first}")))
 }
 
-fn bar(message: String, output: Output) -> ProgressBar {
+pub(super) fn bar(message: String, output: Output) -> ProgressBar {
     let bar = if output.json { ProgressBar::hidden() } else { ProgressBar::new(0) };
     if let Ok(style) = ProgressStyle::with_template(BAR) {
         bar.set_style(style);

@@ -9,7 +9,7 @@ use godwit_sim::{
     observer::Progress,
 };
 
-use super::screen::{duration, grouped};
+use super::super::screen::{duration, grouped};
 use crate::contest::watch::GUEST_ADDRESS;
 
 const BOOT_LIMIT: Duration = Duration::from_secs(60);

@@ -10,7 +10,7 @@ use std::{
 use anyhow::Result;
 use serde_json::Value;
 
-use super::screen::{duration, megabytes};
+use super::super::screen::{duration, megabytes};
 
 /// A migration that is being followed.
 pub(super) struct Migration {

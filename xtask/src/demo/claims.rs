@@ -1,8 +1,12 @@
-//! What the demo claims, and whether it holds.
+//! What a demo claims, and whether it holds.
 
-use std::fmt::Write;
+use std::{fmt::Write, path::Path};
 
+use anyhow::{Context, Result, bail};
 use serde::Serialize;
+use serde_json::json;
+
+use super::screen::Screen;
 
 /// One claim, as `--json` writes it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -29,13 +33,34 @@ impl Claims {
         self.add(claim, holds, shown.unwrap_or_else(|why| why));
     }
 
+    /// Prints all of them, and writes them to a file if one is asked for. `played` is how the demo itself ended.
+    ///
+    /// # Errors
+    /// How the demo ended, or that a claim doesn't hold.
+    pub(super) fn conclude(&self, played: Result<()>, screen: &Screen, json: Option<&Path>) -> Result<()> {
+        print!("\n{}", self.render());
+        let broken = self.broken();
+        if let Some(path) = json {
+            let seconds = screen.elapsed().as_secs_f64();
+            let holds = broken == 0 && played.is_ok();
+            let account = json!({ "holds": holds, "seconds": seconds, "claims": self });
+            std::fs::write(path, serde_json::to_string_pretty(&account)? + "\n")
+                .with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        played?;
+        if broken > 0 {
+            bail!("claims that don't hold: {broken}");
+        }
+        Ok(())
+    }
+
     /// How many don't hold.
-    pub(super) fn broken(&self) -> usize {
+    fn broken(&self) -> usize {
         self.0.iter().filter(|claim| !claim.holds).count()
     }
 
     /// A table for people.
-    pub(super) fn render(&self) -> String {
+    fn render(&self) -> String {
         let widest = self.0.iter().map(|claim| claim.claim.chars().count()).max().unwrap_or(0);
         let mut text = String::new();
         for Claim { claim, value, holds } in &self.0 {
