@@ -61,11 +61,10 @@ pub(crate) struct Request {
 /// When something is missing, a contender fails rather than loses, or a claim doesn't hold.
 pub(crate) fn run(request: &Request) -> Result<()> {
     setup::run()?;
-    let mut image = GuestImage::ensure()?;
     if request.scenario == Scenario::DiskLocal {
         setup::install_disk_tools()?;
-        image = image.with_drivers(&disk_local::DRIVERS)?;
     }
+    let image = GuestImage::ensure()?;
     let wanted = |name: &str| request.only.is_empty() || request.only.iter().any(|only| only == name);
     let godwit = if wanted(GODWIT) { product::given_or_built(None)? } else { PathBuf::new() };
     let lab = Lab::new(request.link.shape())?;

@@ -106,24 +106,9 @@ impl GuestImage {
     /// # Errors
     /// When the packages lack something, or a file can't be read or written.
     pub fn with_program(&self, program: &Program) -> Result<GuestImage, GuestImageError> {
-        self.with_archive(program.name, program.archive()?)
-    }
-
-    /// The same guest with more of its kernel's drivers, such as `ext4`.
-    ///
-    /// # Errors
-    /// When the kernel has no such driver, or a file can't be read or written.
-    pub fn with_drivers(&self, drivers: &[&str]) -> Result<GuestImage, GuestImageError> {
-        let mut archive = Archive::default();
-        archive.modules(&self.kernel, &[&DRIVERS[..], drivers].concat())?;
-        self.with_archive(&drivers.join("-"), archive.finish())
-    }
-
-    /// The same guest with another archive on top of its own.
-    fn with_archive(&self, name: &str, archive: Vec<u8>) -> Result<GuestImage, GuestImageError> {
         let mut bytes = std::fs::read(&self.initrd).map_err(GuestImageError::io(&self.initrd))?;
-        bytes.extend(archive);
-        let initrd = directory().join(format!("initrd-{name}-{:016x}", xxh3_64(&bytes)));
+        bytes.extend(program.archive()?);
+        let initrd = directory().join(format!("initrd-{}-{:016x}", program.name, xxh3_64(&bytes)));
         if !initrd.exists() {
             keep(&initrd, &bytes)?;
         }
@@ -223,22 +208,14 @@ fn build(kernel: &Path) -> Result<Vec<u8>, GuestImageError> {
     let read = |path: &Path| std::fs::read(path).map_err(GuestImageError::io(path));
     archive.file("init", 0o755, &read(&build_program()?)?);
     archive.file("bin/busybox", 0o755, &read(Path::new(BUSYBOX))?);
-    archive.modules(kernel, &DRIVERS)?;
-    Ok(archive.finish())
-}
-
-impl Archive {
-    /// Drivers and what they need, and the order in which they are loaded.
-    fn modules(&mut self, kernel: &Path, drivers: &[&str]) -> Result<(), GuestImageError> {
-        let mut order = String::new();
-        for module in modules::closure(&modules_of(kernel), drivers)? {
-            self.file(&format!("modules/{}", module.name), 0o644, &module.bytes);
-            order.push_str(&module.name);
-            order.push('\n');
-        }
-        self.file("modules/order", 0o644, order.as_bytes());
-        Ok(())
+    let mut order = String::new();
+    for module in modules::closure(&modules_of(kernel), &DRIVERS)? {
+        archive.file(&format!("modules/{}", module.name), 0o644, &module.bytes);
+        order.push_str(&module.name);
+        order.push('\n');
     }
+    archive.file("modules/order", 0o644, order.as_bytes());
+    Ok(archive.finish())
 }
 
 fn modules_of(kernel: &Path) -> PathBuf {

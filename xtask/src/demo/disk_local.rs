@@ -31,8 +31,6 @@ use crate::contest::{
 mod remains;
 mod root_image;
 
-/// What the guest needs besides its own drivers.
-pub(super) const DRIVERS: [&str; 1] = ["ext4"];
 const IMAGE: &str = "root";
 const DISK: &str = "web1.0";
 /// The disk is larger than the image.

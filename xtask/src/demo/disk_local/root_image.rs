@@ -41,7 +41,7 @@ pub(super) fn make(directory: &Path) -> Result<PathBuf> {
 
 /// Some of the distribution's files with their digests, as `md5sum -c` takes them.
 fn digests(root: &Path) -> Result<String> {
-    let list = run(Command::new("find").arg(CHECKED).args(["-name", "*.xz"]).current_dir(root))?;
+    let list = run(Command::new("find").arg(CHECKED).args(["-name", "*.ko*"]).current_dir(root))?;
     let mut files: Vec<&str> = list.lines().collect();
     files.sort_unstable();
     let step = (files.len() / CHECKED_FILES_MAX).max(1);
