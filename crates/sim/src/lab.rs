@@ -366,6 +366,7 @@ impl Lab {
                 &self.namespace(host),
                 &format!("addr add {address}/24 dev wan0\nlink set wan0 txqueuelen 1000 up\n"),
             )?;
+            ip::use_cubic(&self.namespace(host), MIGRATION_INTERFACE, address);
             Ok::<Tap, LabError>(tap)
         });
         let relay = Relay::start(first?, second?, shape).map_err(LabError::io("start the relay"))?;
@@ -388,6 +389,7 @@ impl Lab {
                     "addr add {address}/24 dev {MIGRATION_INTERFACE}\nlink set {MIGRATION_INTERFACE} up\n"
                 ),
             )?;
+            ip::use_cubic(&self.namespace(host), MIGRATION_INTERFACE, address);
             if let Some(rate) = megabits_per_second {
                 ip::limit(&self.namespace(host), MIGRATION_INTERFACE, rate)?;
             }
@@ -403,6 +405,8 @@ mod tests {
         net::{TcpListener, TcpStream},
         time::{Duration, Instant},
     };
+
+    use nix::sys::socket::{getsockopt, sockopt::TcpCongestion};
 
     use super::*;
 
@@ -425,6 +429,7 @@ mod tests {
             lab.namespace(Place::A).run(|| TcpStream::connect((Place::B.address(), 7000))).unwrap().unwrap();
         // SYN there and SYN+ACK back: the link delays, whatever the machine is doing.
         assert!(started.elapsed() >= Duration::from_millis(20));
+        assert!(getsockopt(&sender, TcpCongestion).unwrap().to_string_lossy().starts_with("cubic"));
         let (mut receiver, _) = listener.accept().unwrap();
         let reader = std::thread::spawn(move || {
             let mut all = Vec::new();

@@ -2,6 +2,7 @@
 
 use std::{
     io::Write,
+    net::{IpAddr, Ipv4Addr},
     process::{Command, Output, Stdio},
 };
 
@@ -71,15 +72,25 @@ pub(super) fn sent_bytes(namespace: &Namespace, interface: &str) -> Result<u64, 
     })
 }
 
+/// Has TCP be the one that most hosts have between two hosts, whatever this machine prefers. It is told of the route, since
+/// namespaces may not choose what the machine doesn't allow to everyone (`tcp_allowed_congestion_control`).
+pub(super) fn use_cubic(namespace: &Namespace, interface: &str, address: IpAddr) {
+    let IpAddr::V4(address) = address else { return };
+    let network = Ipv4Addr::from_bits(address.to_bits() & !0xff);
+    let route = format!(
+        "route replace {network}/24 dev {interface} proto kernel scope link src {address} congctl cubic\n"
+    );
+    // On a kernel without it, everybody has another one: the same for all.
+    let _ = batch(namespace, &route);
+}
+
 /// Makes the calling thread's namespace say nothing by itself, and keep nothing of one connection for the next: the
-/// counters are to show the contenders' bytes, and no contender is to profit from the one before it. And TCP is to be the
-/// one that most hosts have, whatever this machine prefers.
+/// counters are to show the contenders' bytes, and no contender is to profit from the one before it.
 pub(super) fn quieten() {
     for (setting, value) in [
         ("ipv6/conf/all/disable_ipv6", "1"),
         ("ipv6/conf/default/disable_ipv6", "1"),
         ("ipv4/tcp_no_metrics_save", "1"),
-        ("ipv4/tcp_congestion_control", "cubic"),
     ] {
         // A kernel without IPv6 lacks the first two; then there is nothing to silence.
         let _ = std::fs::write(format!("/proc/sys/net/{setting}"), value);
