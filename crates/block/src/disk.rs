@@ -4,6 +4,7 @@
 //!   <disk>/lock          held by the process that serves the disk; says which it is
 //!          data  map.<n> the disk ([`Store`])
 //!          base          the manifest of its image, if it began as one
+//!          beneath       which file lies beneath it, if it adopted one
 //! ```
 
 use std::{
@@ -14,25 +15,28 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bytes::Bytes;
 use thiserror::Error;
 
 use crate::{
+    adopted::{self, AdoptError, Adopted, AdoptedFile},
     base::BaseOutline,
+    desk::FetchFailure,
     directory::Directory,
     fetch::ImageBase,
     geometry::{ChunkIndex, Geometry, SizeError},
     mapfile::{BaseId, DiskId, Identity},
     record::Boot,
-    repository::{
-        Repository,
-        manifest::{Manifest, ManifestError},
-    },
+    repository::{Repository, manifest::Manifest},
+    serve::Base,
     store::{CreateError, OpenError, Opening, Store, StoreError},
 };
 
 const LOCK_FILE: &str = "lock";
 /// The manifest of the disk's image.
 pub(crate) const BASE_FILE: &str = "base";
+/// Which file the disk adopted.
+const BENEATH_FILE: &str = "beneath";
 /// Who has a disk is told in less.
 const HOLDER_BYTES_MAX: u64 = 200;
 
@@ -90,6 +94,14 @@ pub enum DiskError {
         /// Why.
         source: StoreError,
     },
+    /// The file beneath it can't be used.
+    #[error("the file beneath {}", path.display())]
+    Adopted {
+        /// The disk's directory.
+        path: PathBuf,
+        /// Why.
+        source: AdoptError,
+    },
     /// It began as an image, and nobody says where that is.
     #[error("{} began as an image, and no repository is given", .0.display())]
     NoRepository(PathBuf),
@@ -105,13 +117,80 @@ pub struct Disk {
     /// How it was found.
     pub opening: Opening,
     /// Where the rest of it comes from, if it began as an image.
-    pub base: Option<ImageBase>,
+    pub base: Option<DiskBase>,
     /// Held as long as anyone may write.
     pub lock: File,
 }
 
+/// What a disk begins as.
+#[derive(Debug, Default)]
+pub enum Origin {
+    /// Zeros.
+    #[default]
+    Nothing,
+    /// An image of a repository.
+    Image(Manifest),
+    /// A file, which stays where it is and as it is.
+    File(AdoptedFile),
+}
+
+/// Where the rest of a disk comes from.
+#[derive(Debug)]
+pub enum DiskBase {
+    /// An image.
+    Image(ImageBase),
+    /// A file.
+    File(AdoptedFile, Geometry),
+}
+
+impl Origin {
+    fn size_bytes(&self) -> u64 {
+        match self {
+            Self::Nothing => 0,
+            Self::Image(manifest) => manifest.geometry().size_bytes(),
+            Self::File(file) => file.geometry().size_bytes(),
+        }
+    }
+
+    /// Writes down what it is, and returns its id.
+    fn keep(&self, path: &Path) -> io::Result<BaseId> {
+        let (name, bytes) = match self {
+            Self::Nothing => return Ok(BaseId::default()),
+            Self::Image(manifest) => (BASE_FILE, manifest.encode()),
+            Self::File(file) => (BENEATH_FILE, file.adopted().encode()?),
+        };
+        let mut file = File::create_new(path.join(name))?;
+        file.write_all(&bytes)?;
+        file.sync_all()?;
+        Ok(adopted::id_of(&bytes))
+    }
+}
+
+impl Base for DiskBase {
+    async fn fetch(&self, chunk: ChunkIndex) -> Result<Bytes, FetchFailure> {
+        match self {
+            Self::Image(image) => image.fetch(chunk).await,
+            Self::File(file, disk) => {
+                let read = file.read(chunk.offset(), disk.chunk_bytes(chunk) as usize).await;
+                read.map_err(|error| FetchFailure(format!("the file beneath the disk: {error}")))
+            }
+        }
+    }
+
+    fn is_near(&self) -> bool {
+        matches!(self, Self::File(..))
+    }
+
+    async fn read(&self, offset: u64, length: usize) -> io::Result<Bytes> {
+        match self {
+            Self::Image(_) => Err(io::ErrorKind::Unsupported.into()),
+            Self::File(file, _) => file.read(offset, length).await,
+        }
+    }
+}
+
 impl Disk {
-    /// Makes a disk of `size_bytes` in a directory that is made for it; or of its image's size, if it is to have one.
+    /// Makes a disk of `size_bytes` in a directory that is made for it; or as large as what it begins as.
     ///
     /// # Errors
     /// [`DiskError`] says why it can't be; then nothing is left of it that wasn't there.
@@ -119,9 +198,9 @@ impl Disk {
         path: &Path,
         id: DiskId,
         size_bytes: Option<u64>,
-        image: Option<&Manifest>,
+        origin: &Origin,
     ) -> Result<(), DiskError> {
-        let image_bytes = image.map_or(0, |image| image.geometry().size_bytes());
+        let image_bytes = origin.size_bytes();
         let size_bytes = size_bytes.unwrap_or(image_bytes);
         if size_bytes < image_bytes {
             return Err(DiskError::Smaller { size_bytes, image_bytes });
@@ -129,8 +208,7 @@ impl Disk {
         let geometry = Geometry::new(size_bytes)?;
         let directory = |source| DiskError::Directory { path: path.to_owned(), source };
         DirBuilder::new().mode(0o700).create(path).map_err(directory)?;
-        let base = image.map_or_else(BaseId::default, Manifest::id);
-        let made = write_manifest(path, image).map_err(directory).and_then(|()| {
+        let made = origin.keep(path).map_err(directory).and_then(|base| {
             let identity = Identity { disk: id, base, geometry };
             let mut store =
                 Store::create(Directory::new(path), identity, BaseOutline::blank(), Boot([0; 16]))
@@ -148,26 +226,25 @@ impl Disk {
     ///
     /// # Errors
     /// [`DiskError`] says who has it, or what is wrong with which of its files.
-    pub fn open(path: &Path, repository: Option<Repository>) -> Result<Self, DiskError> {
+    pub async fn open(path: &Path, repository: Option<Repository>) -> Result<Self, DiskError> {
         let lock = lock(path)?;
         let storage = Directory::new(path);
         let boot = boot().map_err(|source| DiskError::Directory { path: path.to_owned(), source })?;
-        let mut manifest = None;
-        let (store, opening) = Store::open(storage.clone(), boot, |identity| {
-            manifest = read_manifest(path, identity)?;
-            let content = manifest.iter().flat_map(|manifest| manifest.content().map(|(chunk, _)| chunk));
-            Ok(BaseOutline::new(identity.geometry, content))
-        })
-        .map_err(|source| DiskError::Open { path: path.to_owned(), source })?;
-        let base = match (manifest, repository) {
-            (None, _) => None,
-            (Some(_), None) => return Err(DiskError::NoRepository(path.to_owned())),
-            (Some(_), Some(repository)) => {
+        let kept = Kept::read(path).await?;
+        let (store, opening) = Store::open(storage.clone(), boot, |identity| kept.outline(identity))
+            .map_err(|source| DiskError::Open { path: path.to_owned(), source })?;
+        let disk = store.geometry();
+        let base = match (kept.origin, repository) {
+            (Origin::Nothing, _) => None,
+            (Origin::Image(_), None) => return Err(DiskError::NoRepository(path.to_owned())),
+            (Origin::Image(_), Some(repository)) => {
                 let claimed: HashSet<ChunkIndex> = opening.claimed.iter().copied().collect();
+                let base = ImageBase::open(&storage, disk, store.data().clone(), repository, claimed);
                 let base =
-                    ImageBase::open(&storage, store.geometry(), store.data().clone(), repository, claimed);
-                Some(base.map_err(|source| DiskError::Directory { path: path.join(BASE_FILE), source })?)
+                    base.map_err(|source| DiskError::Directory { path: path.join(BASE_FILE), source })?;
+                Some(DiskBase::Image(base))
             }
+            (Origin::File(file), _) => Some(DiskBase::File(file, disk)),
         };
         Ok(Self { store, storage, opening, base, lock })
     }
@@ -189,6 +266,19 @@ impl Disk {
 pub fn remove(path: &Path) -> Result<(), DiskError> {
     let _lock = lock(path)?;
     std::fs::remove_dir_all(path).map_err(|source| DiskError::Directory { path: path.to_owned(), source })
+}
+
+/// The file that a disk adopted, if it did.
+///
+/// # Errors
+/// [`DiskError::Directory`] if what says so can't be read.
+pub fn beneath(path: &Path) -> Result<Option<Adopted>, DiskError> {
+    let file = path.join(BENEATH_FILE);
+    let read = match std::fs::read(&file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        read => read.and_then(|bytes| Adopted::decode(&bytes)),
+    };
+    read.map(Some).map_err(|source| DiskError::Directory { path: file, source })
 }
 
 /// Locks a disk's directory, and says by whom.
@@ -221,24 +311,48 @@ fn boot() -> io::Result<Boot> {
     Ok(Boot(number.to_be_bytes()))
 }
 
-fn write_manifest(path: &Path, image: Option<&Manifest>) -> io::Result<()> {
-    let Some(image) = image else { return Ok(()) };
-    let mut file = File::create_new(path.join(BASE_FILE))?;
-    file.write_all(&image.encode())?;
-    file.sync_all()
+/// What is kept of what a disk began as.
+struct Kept {
+    origin: Origin,
+    id: BaseId,
+    /// Which parts of a file have content.
+    content: Vec<ChunkIndex>,
 }
 
-/// The manifest of the disk's image, verified; `None` if it began as nothing.
-fn read_manifest(path: &Path, identity: &Identity) -> io::Result<Option<Manifest>> {
-    if identity.base == BaseId::default() {
-        return Ok(None);
+impl Kept {
+    async fn read(path: &Path) -> Result<Self, DiskError> {
+        let nothing = Self { origin: Origin::Nothing, id: BaseId::default(), content: Vec::new() };
+        let read = |name: &str| match std::fs::read(path.join(name)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            read => read.map(Some).map_err(|source| DiskError::Directory { path: path.join(name), source }),
+        };
+        let damaged = |name, problem: &dyn std::fmt::Display| DiskError::Directory {
+            path: path.join(name),
+            source: io::Error::new(io::ErrorKind::InvalidData, problem.to_string()),
+        };
+        if let Some(bytes) = read(BASE_FILE)? {
+            let manifest = Manifest::decode(&bytes).map_err(|error| damaged(BASE_FILE, &error))?;
+            return Ok(Self { origin: Origin::Image(manifest), id: adopted::id_of(&bytes), ..nothing });
+        }
+        let Some(bytes) = read(BENEATH_FILE)? else { return Ok(nothing) };
+        let adopted = Adopted::decode(&bytes).map_err(|error| damaged(BENEATH_FILE, &error))?;
+        let unusable = |source| DiskError::Adopted { path: path.to_owned(), source };
+        let file = AdoptedFile::open(adopted).await.map_err(unusable)?;
+        let content = file.content().await.map_err(unusable)?;
+        Ok(Self { origin: Origin::File(file), id: adopted::id_of(&bytes), content })
     }
-    let bytes = std::fs::read(path.join(BASE_FILE))?;
-    let damaged = |problem: String| {
-        io::Error::new(io::ErrorKind::InvalidData, format!("file {BASE_FILE:?}: {problem}"))
-    };
-    if BaseId(blake3::hash(&bytes).into()) != identity.base {
-        return Err(damaged("it isn't the manifest of the disk's image".to_owned()));
+
+    /// What must be known of it without fetching anything, if it is the disk's.
+    fn outline(&self, identity: &Identity) -> io::Result<BaseOutline> {
+        if self.id != identity.base {
+            let problem = "what the disk began as is missing or damaged";
+            return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
+        }
+        let geometry = identity.geometry;
+        Ok(match &self.origin {
+            Origin::Nothing => BaseOutline::blank(),
+            Origin::Image(manifest) => BaseOutline::new(geometry, manifest.content().map(|(chunk, _)| chunk)),
+            Origin::File(_) => BaseOutline::new(geometry, self.content.iter().copied()),
+        })
     }
-    Manifest::decode(&bytes).map(Some).map_err(|error: ManifestError| damaged(error.to_string()))
 }

@@ -11,11 +11,12 @@ use imago::{
     FormatAccess, FormatDriverBuilder, Mapping, Storage, StorageOpenOptions, file::File,
     format::gate::ImplicitOpenGate, qcow2::Qcow2, raw::Raw,
 };
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 use tokio::runtime::Handle;
 
 use crate::{
-    geometry::{ChunkIndex, Geometry, SizeError},
+    geometry::{CHUNK_BYTES, ChunkIndex, Geometry, SizeError},
     repository::ImageSource,
 };
 
@@ -29,7 +30,8 @@ const HEADER_BYTES: usize = 72;
 const LAYERS_MAX: usize = 32;
 
 /// How an image's bytes are to be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum ImageFormat {
     /// The disk's bytes.
     Raw,
@@ -99,6 +101,36 @@ impl ImageFile {
         let geometry = Geometry::new(access.size())
             .map_err(|source| ImageFileError::Size { path: path.to_owned(), source })?;
         Ok(Self { access, geometry, runtime: Handle::current() })
+    }
+
+    /// Whether a file begins as a qcow2 does.
+    pub(crate) fn looks_like_qcow2(path: &Path) -> Result<bool, ImageFileError> {
+        let header = read_header(path);
+        let header = header.map_err(|source| ImageFileError::Read { path: path.to_owned(), source })?;
+        Ok(header.is_some_and(|header| header.starts_with(QCOW2_MAGIC)))
+    }
+
+    /// The chunks of which something is written somewhere.
+    pub(crate) async fn content(&self) -> io::Result<Vec<ChunkIndex>> {
+        let (mut chunks, mut offset) = (Vec::new(), 0);
+        let end = self.geometry.size_bytes();
+        while offset < end {
+            let (mapping, length) = self.access.get_mapping(offset, end - offset).await?;
+            if length == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if !matches!(mapping, Mapping::Zero { .. }) {
+                let last = ((offset + length - 1) / CHUNK_BYTES) as u32;
+                chunks.extend(((offset / CHUNK_BYTES) as u32..=last).map(ChunkIndex));
+            }
+            offset += length;
+        }
+        Ok(chunks)
+    }
+
+    /// Fills `bytes` with what the disk in it has from `offset`. Not in a thread that others wait for.
+    pub(crate) fn read_at(&self, offset: u64, bytes: &mut [u8]) -> io::Result<()> {
+        self.runtime.block_on(self.access.read(bytes, offset))
     }
 
     /// Whether a range is zero without being written anywhere.

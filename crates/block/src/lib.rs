@@ -4,6 +4,7 @@
 //! the image so far: the content in its place in one sparse file, and a journalled map of which block is where
 //! ([`Store`]). `docs/disk-format.md` draws the files and says what survives what.
 
+mod adopted;
 mod base;
 mod desk;
 mod directory;
@@ -21,10 +22,11 @@ mod storage;
 mod store;
 mod whole;
 
+pub use adopted::{AdoptError, Adopted, AdoptedFile};
 pub use base::BaseOutline;
 pub use desk::{Action, Control, Desk, FetchFailure, Reply, Request, RequestId, Work};
 pub use directory::{Directory, HostFile};
-pub use disk::{Disk, DiskError};
+pub use disk::{Disk, DiskBase, DiskError, Origin};
 pub use fetch::ImageBase;
 pub use geometry::{
     BLOCK_BYTES, Blocks, CHUNK_BLOCKS, CHUNK_BYTES, ChunkIndex, DISK_BYTES_MAX, Geometry, Piece,

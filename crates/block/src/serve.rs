@@ -40,6 +40,17 @@ use crate::{
 pub trait Base: 'static {
     /// Fetches a chunk and verifies it. Waits for a repository that is away; what comes back as a failure is final.
     fn fetch(&self, chunk: ChunkIndex) -> impl Future<Output = Result<Bytes, FetchFailure>>;
+
+    /// Whether what is only read is read there each time ([`Base::read`]), since it is as near as the disk's own file;
+    /// otherwise the disk keeps what it fetches.
+    fn is_near(&self) -> bool {
+        false
+    }
+
+    /// Reads a part of a base that is near.
+    fn read(&self, _offset: u64, _length: usize) -> impl Future<Output = io::Result<Bytes>> {
+        std::future::ready(Err(io::ErrorKind::Unsupported.into()))
+    }
 }
 
 /// The base of disks that began as nothing.
@@ -65,7 +76,8 @@ pub struct Served<B> {
 
 impl<B: Base> Served<B> {
     /// A disk with its base. It is served in a [`tokio::task::LocalSet`].
-    pub fn new(desk: Desk<Directory>, storage: Directory, base: B) -> Rc<Self> {
+    pub fn new(mut desk: Desk<Directory>, storage: Directory, base: B) -> Rc<Self> {
+        desk.read_base_in_place(base.is_near());
         let data = desk.store().data().clone();
         Rc::new(Self {
             desk: RefCell::new(desk),
@@ -159,6 +171,9 @@ impl<B: Base> Served<B> {
         if extents.iter().all(|extent| extent.source == Source::Zero) {
             return client.answer(|replies, out| replies.zeros(cookie, offset, length as u32, out));
         }
+        if extents.iter().any(|extent| matches!(extent.source, Source::Base(_))) {
+            return self.answer_read_of_base(client, cookie, extents, length as usize);
+        }
         let at_once = client.answer_with(cookie, offset, length as usize, |bytes| {
             read_extents(&extents, bytes, |at, part| self.data.read_at_once(at, part))
         });
@@ -166,6 +181,48 @@ impl<B: Base> Served<B> {
             Ok(true) => {}
             Ok(false) => self.answer_read_later(client, cookie, extents, length as usize),
             Err(error) => client.fail(cookie, Errno::Io, &error),
+        }
+    }
+
+    /// Reads what is partly in a base that is near.
+    fn answer_read_of_base(
+        self: &Rc<Self>,
+        client: &Rc<Client>,
+        cookie: u64,
+        extents: Vec<Extent>,
+        length: usize,
+    ) {
+        let (served, client) = (Rc::clone(self), Rc::clone(client));
+        let offset = extents.first().map_or(0, |extent| extent.offset);
+        spawn_local(async move {
+            let mut bytes = Vec::with_capacity(length);
+            for extent in extents {
+                match served.read_extent(extent).await {
+                    Ok(part) => bytes.extend_from_slice(&part),
+                    Err(error) => return client.fail(cookie, Errno::Io, &error),
+                }
+            }
+            client.answer(|replies, out| {
+                replies.data_header(cookie, offset, length as u32, out);
+                out.extend_from_slice(&bytes);
+            });
+        });
+    }
+
+    async fn read_extent(&self, extent: Extent) -> io::Result<Bytes> {
+        let length = extent.length as usize;
+        match extent.source {
+            Source::Base(_) => self.base.read(extent.offset, length).await,
+            Source::Zero => Ok(vec![0; length].into()),
+            Source::File => {
+                let data = self.data.clone();
+                elsewhere(move || {
+                    let mut bytes = vec![0; length];
+                    data.read_at(extent.offset, &mut bytes)?;
+                    Ok(bytes.into())
+                })
+                .await
+            }
         }
     }
 

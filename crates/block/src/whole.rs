@@ -13,7 +13,7 @@ use thiserror::Error;
 
 use crate::{
     desk::FetchFailure,
-    disk::Disk,
+    disk::{Disk, DiskBase},
     geometry::ChunkIndex,
     map::Place,
     serve::Base,
@@ -114,11 +114,12 @@ impl Disk {
         if let Err(error) = self.store.data().read_at(chunk.offset(), &mut found) {
             return Ok(Some(format!("it can't be read: {error}")));
         }
-        let base = self.base.as_ref().filter(|_| copies == geometry.blocks(chunk));
-        let right = match base.map(|base| base.is_copy(chunk, &found)) {
-            Some(result) => result.map_err(WholeError::Read)?,
-            // The digest is that of all blocks, and some are the disk's own.
-            None => {
+        let right = match &self.base {
+            Some(DiskBase::Image(image)) if copies == geometry.blocks(chunk) => {
+                image.is_copy(chunk, &found).map_err(WholeError::Read)?
+            }
+            // A digest is that of all blocks, and some are the disk's own.
+            _ => {
                 let content = self.image_chunk(chunk).await?;
                 copies.runs().map(|run| geometry.span(chunk, run)).all(|piece| {
                     let range = piece.start as usize..piece.end as usize;

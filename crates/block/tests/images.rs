@@ -5,8 +5,8 @@
 use std::{path::Path, process::Command, sync::Arc};
 
 use godwit_block::{
-    Base, CHUNK_BYTES, Checked, ChunkIndex, Disk, DiskId, ImageFile, ImageFileError, ImageFormat, Outcome,
-    WholeError,
+    Base, CHUNK_BYTES, Checked, ChunkIndex, Disk, DiskId, ImageFile, ImageFileError, ImageFormat, Origin,
+    Outcome, WholeError,
     repository::{Image, ImageName, Imported, Repository, RepositoryError, manifest::ChunkDigest},
 };
 
@@ -129,8 +129,8 @@ async fn disk(directory: &Path, repository: &Repository) -> (std::path::PathBuf,
     let image = import(repository, "disk", &raw).await.unwrap().image;
     let manifest = repository.manifest(&image).await.unwrap();
     let path = directory.join("disk");
-    Disk::create(&path, DiskId([5; 16]), Some(20 * CHUNK_BYTES), Some(&manifest)).unwrap();
-    let mut disk = Disk::open(&path, Some(repository.clone())).unwrap();
+    Disk::create(&path, DiskId([5; 16]), Some(20 * CHUNK_BYTES), &Origin::Image(manifest)).unwrap();
+    let mut disk = Disk::open(&path, Some(repository.clone())).await.unwrap();
     for chunk in [0, 6].map(ChunkIndex) {
         let content = disk.base.as_ref().unwrap().fetch(chunk).await.unwrap();
         assert_eq!(disk.store.fill(chunk, &content).unwrap(), Outcome::Done);
@@ -150,7 +150,7 @@ async fn a_disk_is_exported_as_its_machine_sees_it() {
     let directory = tempfile::tempdir().unwrap();
     let repository = repository(directory.path());
     let (path, now) = disk(directory.path(), &repository).await;
-    let disk = Disk::open(&path, Some(repository)).unwrap();
+    let disk = Disk::open(&path, Some(repository)).await.unwrap();
     let file = directory.path().join("exported");
     disk.export(&file, |_, _| {}).await.unwrap();
     assert!(std::fs::read(&file).unwrap() == now);
@@ -170,7 +170,7 @@ async fn copies_of_an_image_that_rot_are_found_and_fetched_anew() {
         bytes[at] ^= 1;
         std::fs::write(&data, bytes).unwrap();
     }
-    let mut disk = Disk::open(&path, Some(repository)).unwrap();
+    let mut disk = Disk::open(&path, Some(repository)).await.unwrap();
     let found = disk.check(false, |_, _| {}).await.unwrap();
     assert_eq!((found.good_chunks, found.bad_chunks, found.repaired_chunks), (0, 2, 0));
     assert!(found.problems[0].starts_with("chunk 0: "), "{found:?}");

@@ -97,6 +97,9 @@ pub(crate) struct DiskView {
     pub size_bytes: u64,
     /// The id of the image that it began as.
     pub image: Option<String>,
+    /// The file that lies beneath it, if it adopted one.
+    #[schema(value_type = Option<String>)]
+    pub beneath: Option<PathBuf>,
     /// The process that serves it.
     pub server_pid: Option<i32>,
     /// Where it is on this host.

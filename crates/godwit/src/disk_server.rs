@@ -13,9 +13,9 @@ use std::{
 };
 
 use godwit_block::{
-    Base, Desk, Disk, DiskError, DiskId, ImageBase, NoBase, Served, StoreError,
+    Base, Desk, Disk, DiskError, DiskId, NoBase, Origin, Served, StoreError,
     nbd::Export,
-    repository::{Repository, RepositoryError},
+    repository::{ImageName, Repository, RepositoryError},
 };
 use tokio::{
     net::UnixListener,
@@ -62,28 +62,50 @@ pub(crate) enum DiskServerError {
     Close(#[source] StoreError),
 }
 
-/// Makes the disk first if it is to have a size, and serves it until the process is told to end.
+/// A disk that is made first, if it is to have a size or an image.
+#[derive(Debug, Default)]
+pub(crate) struct Create {
+    /// Its size; without it that of its image.
+    pub size_bytes: Option<u64>,
+    /// What it begins as.
+    pub image: Option<ImageName>,
+}
+
+/// Makes the disk if it is to be made, and serves it until the process is told to end.
 ///
 /// # Errors
 /// [`DiskServerError`] says what failed.
-pub(crate) fn main(create_bytes: Option<u64>, server: DiskServer) -> Result<(), DiskServerError> {
-    if let Some(size_bytes) = create_bytes {
-        let id = DiskId(fastrand::u128(..).to_le_bytes());
-        Disk::create(&server.directory, id, Some(size_bytes), None)?;
-    }
+pub(crate) fn main(create: Create, server: DiskServer) -> Result<(), DiskServerError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    LocalSet::new().block_on(&runtime.map_err(DiskServerError::Begin)?, server.open_and_serve())
+    LocalSet::new().block_on(&runtime.map_err(DiskServerError::Begin)?, async {
+        server.create(create).await?;
+        server.open_and_serve().await
+    })
 }
 
 impl DiskServer {
+    async fn create(&self, create: Create) -> Result<(), DiskServerError> {
+        let origin = match (create.image, self.repository()?) {
+            (Some(image), Some(repository)) => Origin::Image(repository.manifest_called(&image).await?),
+            (Some(_), None) => return Err(DiskError::NoRepository(self.directory.clone()).into()),
+            (None, _) if create.size_bytes.is_none() => return Ok(()),
+            (None, _) => Origin::Nothing,
+        };
+        let id = DiskId(fastrand::u128(..).to_le_bytes());
+        Ok(Disk::create(&self.directory, id, create.size_bytes, &origin)?)
+    }
+
+    fn repository(&self) -> Result<Option<Repository>, RepositoryError> {
+        let opened = self.repository.as_deref().map(|location| Repository::open(location, std::env::vars()));
+        opened.transpose()
+    }
+
     async fn open_and_serve(self) -> Result<(), DiskServerError> {
-        let repository =
-            self.repository.as_deref().map(|location| Repository::open(location, std::env::vars()));
-        let mut disk = Disk::open(&self.directory, repository.transpose()?)?;
+        let mut disk = Disk::open(&self.directory, self.repository()?).await?;
         let opening = &disk.opening;
         tracing::info!(ending = ?opening.ending, blocks_lost = opening.blocks_lost, "opened");
         match disk.base.take() {
-            Some(base) => self.serve::<ImageBase>(disk, base).await,
+            Some(base) => self.serve(disk, base).await,
             None => self.serve(disk, NoBase).await,
         }
     }

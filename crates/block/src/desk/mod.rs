@@ -95,7 +95,7 @@ pub enum Work {
 pub enum Reply {
     /// It is done.
     Done,
-    /// It can be read: from the data file, or it is zero.
+    /// It can be read: from the data file, or it is zero; or from a base that is read in its place.
     Read(Vec<Extent>),
     /// Where there is content: lengths, in order.
     Status(Vec<(u32, Allocation)>),
@@ -137,6 +137,8 @@ pub struct FetchFailure(pub String);
 pub struct Desk<S: Storage> {
     store: Store<S>,
     control: Control,
+    /// Whether the base is read in its place by whoever has the desk.
+    reads_base: bool,
     /// Chunks that are being fetched, and who waits for them.
     fetches: BTreeMap<ChunkIndex, Vec<Request>>,
     ahead: ReadAhead,
@@ -167,6 +169,7 @@ impl<S: Storage> Desk<S> {
         Self {
             store,
             control: Control::Here,
+            reads_base: false,
             fetches: BTreeMap::new(),
             ahead: ReadAhead::default(),
             prefetch: VecDeque::new(),
@@ -195,6 +198,11 @@ impl<S: Storage> Desk<S> {
     /// What is to be done now, in this order.
     pub fn take_actions(&mut self) -> Vec<Action<S::File>> {
         std::mem::take(&mut self.actions)
+    }
+
+    /// Says whether what is only read of the base is read in its place: then [`Reply::Read`] has [`Source::Base`] too.
+    pub fn read_base_in_place(&mut self, reads_base: bool) {
+        self.reads_base = reads_base;
     }
 
     /// Takes a request. Its answer will be among the actions, now or later.
@@ -359,7 +367,7 @@ impl<S: Storage> Desk<S> {
     fn read(&mut self, request: Request) {
         let extents: Vec<Extent> = self.store.extents(request.offset, request.length).collect();
         let missing: Vec<ChunkIndex> = missing(&extents).collect();
-        let Some(&first) = missing.first() else {
+        let Some(&first) = missing.first().filter(|_| !self.reads_base) else {
             return self.reply(request.id, Reply::Read(extents));
         };
         for &chunk in &missing {
@@ -375,6 +383,9 @@ impl<S: Storage> Desk<S> {
     /// Nobody waits for what is to be had here: it is replied to at once.
     fn cache(&mut self, request: &Request) {
         let extents: Vec<Extent> = self.store.extents(request.offset, request.length).collect();
+        if self.reads_base {
+            return self.reply(request.id, Reply::Done);
+        }
         self.prefetch(missing(&extents).collect::<Vec<_>>());
         self.reply(request.id, Reply::Done);
     }

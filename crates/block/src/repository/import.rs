@@ -150,7 +150,7 @@ impl Repository {
             Err(RepositoryError::NoImage(_)) => {}
             Err(error) => return Err(error),
         }
-        self.write(&self.path(&["manifests", &image.manifest]), manifest.encode()).await?;
+        self.write(&self.path(&[super::MANIFESTS, &image.manifest]), manifest.encode()).await?;
         self.sync().await?;
         let path = self.path(&["images", &name.0]);
         let told = serde_json::to_vec_pretty(&image).map_err(|error| super::damaged(&path, &error))?;

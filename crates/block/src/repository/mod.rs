@@ -39,6 +39,8 @@ use crate::mapfile::BaseId;
 
 /// Objects that are asked for at a time.
 const AT_ONCE_MAX: usize = 8;
+/// Where manifests are: in every repository that has an image.
+const MANIFESTS: &str = "manifests";
 /// The longest manifest that is read: that of an image of 64 TiB.
 const MANIFEST_BYTES_MAX: u64 = 8 << 30;
 
@@ -168,7 +170,10 @@ impl Repository {
     pub async fn image(&self, name: &ImageName) -> Result<Image, RepositoryError> {
         let path = self.path(&["images", &name.0]);
         match self.read(&path).await {
-            Err(RepositoryError::Missing { .. }) => Err(RepositoryError::NoImage(name.0.clone())),
+            Err(
+                RepositoryError::Missing { .. }
+                | RepositoryError::Away { source: object_store::Error::NotFound { .. }, .. },
+            ) => Err(RepositoryError::NoImage(name.0.clone())),
             Err(error) => Err(error),
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(|error| damaged(&path, &error)),
         }
@@ -179,12 +184,20 @@ impl Repository {
     /// # Errors
     /// [`RepositoryError`] says what is missing or damaged.
     pub async fn manifest(&self, image: &Image) -> Result<Manifest, RepositoryError> {
-        let path = self.path(&["manifests", &image.manifest]);
+        let path = self.path(&[MANIFESTS, &image.manifest]);
         let bytes = self.read(&path).await?;
         if hex(&blake3::hash(&bytes).into()) != image.manifest {
             return Err(damaged(&path, &"its content isn't what its name says"));
         }
         Manifest::decode(&bytes).map_err(|error: ManifestError| damaged(&path, &error))
+    }
+
+    /// The manifest of the image that a name means, verified.
+    ///
+    /// # Errors
+    /// As for [`Repository::image`] and [`Repository::manifest`].
+    pub async fn manifest_called(&self, name: &ImageName) -> Result<Manifest, RepositoryError> {
+        self.manifest(&self.image(name).await?).await
     }
 
     /// A chunk's content, verified.
@@ -199,11 +212,22 @@ impl Repository {
     }
 
     async fn read(&self, path: &Path) -> Result<Bytes, RepositoryError> {
-        let found = self.store.get(path).await.map_err(|error| away(path, error))?;
+        let found = self.store.get(path).await.map_err(|error| self.absent(path, error))?;
         if found.meta.size > MANIFEST_BYTES_MAX {
             return Err(damaged(path, &format!("it has {} bytes", found.meta.size)));
         }
         found.bytes().await.map_err(|error| away(path, error))
+    }
+
+    /// Why something isn't there. Where nothing is left of a directory, it is away, as one is that isn't mounted.
+    fn absent(&self, path: &Path, source: object_store::Error) -> RepositoryError {
+        let is_gone = self.directory.as_ref().is_some_and(|directory| !directory.join(MANIFESTS).is_dir());
+        match source {
+            object_store::Error::NotFound { .. } if is_gone => {
+                RepositoryError::Away { object: path.to_string(), source }
+            }
+            source => away(path, source),
+        }
     }
 
     async fn write(&self, path: &Path, bytes: Vec<u8>) -> Result<(), RepositoryError> {

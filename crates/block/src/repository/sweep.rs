@@ -74,7 +74,7 @@ impl Repository {
                 chunks.extend(self.manifest(&image).await?.content().map(|(_, digest)| hex(&digest.0)));
             }
         }
-        self.remove_others("manifests", &manifests).await?;
+        self.remove_others(super::MANIFESTS, &manifests).await?;
         self.remove_others("chunks", &chunks).await
     }
 

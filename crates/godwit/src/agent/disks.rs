@@ -19,16 +19,18 @@ use std::{
 };
 
 use godwit_block::{
-    Directory, Disk as ServedDisk, DiskError, DiskId, Identity, Map, Place, disk, look,
+    AdoptedFile, Directory, Disk as ServedDisk, DiskError, DiskId, Identity, ImageFormat, Map, Origin, Place,
+    disk, look,
     repository::{ImageName, Repository, RepositoryError},
 };
-use godwit_qemu::machine::{Disk, Spec};
+use godwit_qemu::machine::{Disk, DiskFormat, Spec};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use tokio::{
     net::UnixStream,
+    runtime::Handle,
     task::spawn_blocking,
     time::{Instant, interval, sleep},
 };
@@ -131,23 +133,35 @@ impl Agent {
             make_private_dir(parent)?;
         }
         let failed = |error: &dyn std::error::Error| AgentError::Disk(one_line(error));
-        let manifest = match &disk.image {
-            None => None,
-            Some(name) => {
-                let repository =
-                    Repository::open(&self.config.repository, std::env::vars()).map_err(|it| failed(&it))?;
-                let name: ImageName = name.clone().try_into().map_err(|it: RepositoryError| failed(&it))?;
-                let image = repository.image(&name).await.map_err(|it| failed(&it))?;
-                Some(repository.manifest(&image).await.map_err(|it| failed(&it))?)
-            }
-        };
+        let origin = self.origin(disk).await?;
         let size_bytes = disk.size.map(|size| size.bytes());
         let id = DiskId(fastrand::u128(..).to_le_bytes());
-        let made = spawn_blocking(move || ServedDisk::create(&path, id, size_bytes, manifest.as_ref())).await;
+        let made = spawn_blocking(move || ServedDisk::create(&path, id, size_bytes, &origin)).await;
         match made {
             Ok(made) => made.map_err(|it| failed(&it)),
             Err(panicked) => Err(failed(&panicked)),
         }
+    }
+
+    /// What a new disk begins as.
+    async fn origin(&self, disk: &Disk) -> Result<Origin, AgentError> {
+        let failed = |error: &dyn std::error::Error| AgentError::Disk(one_line(error));
+        if let Some(file) = &disk.adopt {
+            let format = match disk.format {
+                DiskFormat::Raw => ImageFormat::Raw,
+                DiskFormat::Qcow2 => ImageFormat::Qcow2,
+            };
+            let (file, runtime) = (file.clone(), Handle::current());
+            // What reads the image can't change threads while it waits.
+            let adopted = spawn_blocking(move || runtime.block_on(AdoptedFile::adopt(&file, format))).await;
+            let adopted = adopted.map_err(|panicked| failed(&panicked))?;
+            return Ok(Origin::File(adopted.map_err(|it| failed(&it))?));
+        }
+        let Some(name) = &disk.image else { return Ok(Origin::Nothing) };
+        let repository = Repository::open(&self.config.repository, std::env::vars());
+        let repository = repository.map_err(|it| failed(&it))?;
+        let name: ImageName = name.clone().try_into().map_err(|it: RepositoryError| failed(&it))?;
+        Ok(Origin::Image(repository.manifest_called(&name).await.map_err(|it| failed(&it))?))
     }
 
     async fn start_server(
@@ -220,10 +234,13 @@ impl Agent {
         let servers = self.servers.lock();
         let server = servers.iter().find(|((machine, index), _)| format!("{machine}.{index}") == name);
         let places = Part::of_all(&identity, &map);
+        let beneath = disk::beneath(&directory).map_err(|error| AgentError::Disk(one_line(&error)))?;
+        let beneath = beneath.map(|adopted| adopted.path);
         Ok(DiskView {
             name: name.to_owned(),
             size_bytes: identity.geometry.size_bytes(),
-            image: identity.base.to_hex(),
+            image: identity.base.to_hex().filter(|_| beneath.is_none()),
+            beneath,
             server_pid: server.filter(|(_, process)| process.is_alive()).map(|(_, process)| process.pid),
             directory,
             repository: self.config.repository.clone(),

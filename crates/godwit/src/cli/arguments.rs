@@ -244,6 +244,9 @@ pub(super) struct DiskServer {
     /// Make a disk of this size first
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub(super) create: Option<u64>,
+    /// Make a disk of this image first
+    #[arg(long, value_name = "NAME", value_parser = image_name)]
+    pub(super) image: Option<ImageName>,
 }
 
 /// What `godwit recover` takes.

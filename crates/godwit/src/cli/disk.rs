@@ -37,7 +37,7 @@ pub(super) async fn run(client: &Client, verb: DiskVerb, output: Output) -> Resu
 }
 
 async fn check(view: &DiskView, repair: bool, output: Output) -> Result<(), Failure> {
-    let mut disk = open(view)?;
+    let mut disk = open(view).await?;
     let bar = bar(format!("checking {}", view.name), output);
     let checked = disk.check(repair, |done, total| {
         bar.set_length(total.into());
@@ -72,7 +72,7 @@ async fn check(view: &DiskView, repair: bool, output: Output) -> Result<(), Fail
 }
 
 async fn export(view: &DiskView, to: &Path, output: Output) -> Result<(), Failure> {
-    let mut disk = open(view)?;
+    let mut disk = open(view).await?;
     let bar = bar(format!("exporting {}", view.name), output);
     let exported = disk.export(to, |done, total| {
         bar.set_length(total.into());
@@ -93,9 +93,9 @@ async fn export(view: &DiskView, to: &Path, output: Output) -> Result<(), Failur
 }
 
 /// Opens a disk that nobody serves.
-fn open(view: &DiskView) -> Result<Disk, Failure> {
+async fn open(view: &DiskView) -> Result<Disk, Failure> {
     let repository = view.image.as_ref().map(|_| Repository::open(&view.repository, std::env::vars()));
-    Ok(Disk::open(&view.directory, repository.transpose()?)?)
+    Ok(Disk::open(&view.directory, repository.transpose()?).await?)
 }
 
 impl From<DiskError> for Failure {
@@ -125,7 +125,7 @@ fn path(name: &str) -> String {
 
 fn list(disks: &[DiskView]) -> String {
     if disks.is_empty() {
-        return "no disks; a machine's file says `[[disk]]` and `size` or `image`".to_owned();
+        return "no disks; a machine's file says `[[disk]]` and `size`, `image` or `adopt`".to_owned();
     }
     let rows: Vec<_> = disks
         .iter()
@@ -140,21 +140,29 @@ fn list(disks: &[DiskView]) -> String {
             ]
         })
         .collect();
-    table(["NAME", "SIZE", "WRITTEN", "FETCHED", "IMAGE", "SERVER"], &rows)
+    table(["NAME", "SIZE", "WRITTEN", "COPIED", "BEGAN AS", "SERVER"], &rows)
 }
 
+/// What it began as.
 fn image(disk: &DiskView) -> String {
+    if let Some(file) = &disk.beneath {
+        return file.display().to_string();
+    }
     disk.image.as_deref().map_or_else(|| "-".to_owned(), |id| id.chars().take(12).collect())
 }
 
 fn show(disk: &DiskView) -> String {
     let Places { base_bytes, fetched_bytes, written_bytes, zero_bytes } = disk.total;
-    let rest = if disk.image.is_some() { "missing" } else { "never written" };
+    let (beneath, rest) = match (&disk.image, &disk.beneath) {
+        (_, Some(_)) => ("adopted", "in that file"),
+        (Some(_), _) => ("image", "missing"),
+        (None, None) => ("image", "never written"),
+    };
     let rows = [
         ["size".to_owned(), size(disk.size_bytes)],
-        ["image".to_owned(), image(disk)],
+        [beneath.to_owned(), image(disk)],
         ["█ written".to_owned(), size(written_bytes)],
-        ["▒ fetched".to_owned(), size(fetched_bytes)],
+        ["▒ copied".to_owned(), size(fetched_bytes)],
         ["0 zero".to_owned(), size(zero_bytes)],
         [format!("· {rest}"), size(base_bytes)],
     ];
@@ -192,6 +200,7 @@ mod tests {
             name: "web1.0".into(),
             size_bytes: 4 << 20,
             image: Some("ab".repeat(32)),
+            beneath: None,
             server_pid: None,
             directory: "/var/lib/godwit/disks/web1.0".into(),
             repository: "/var/lib/godwit/repository".into(),

@@ -102,7 +102,11 @@ fn content(disk: &Disk) -> String {
     if let Some(path) = &disk.path {
         return path.display().to_string();
     }
-    let image = disk.image.as_ref().map_or("served".to_owned(), |image| format!("served, began as {image}"));
+    let image = match (&disk.image, &disk.adopt) {
+        (Some(image), _) => format!("served, began as {image}"),
+        (None, Some(file)) => format!("served, above {}", file.display()),
+        (None, None) => "served".to_owned(),
+    };
     disk.size.map_or(image.clone(), |size| format!("{image}, {size}"))
 }
 

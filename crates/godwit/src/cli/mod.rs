@@ -77,8 +77,8 @@ fn run(arguments: Arguments, output: Output) -> Result<ExitCode, Failure> {
             .map_err(|error| Failure::failed(one_line(&error)))?,
         Verb::DiskServer(start) => {
             log::of_agent();
-            disk_server::main(start.create, start.into())
-                .map_err(|error| Failure::failed(one_line(&error)))?;
+            let create = disk_server::Create { size_bytes: start.create, image: start.image.clone() };
+            disk_server::main(create, start.into()).map_err(|error| Failure::failed(one_line(&error)))?;
         }
         Verb::Check(check) => return block_on(check::run(&client, check, output)),
         Verb::History => return block_on(history::run(&client, output)),

@@ -90,10 +90,21 @@ impl Guest {
 
     /// The same, one of several.
     pub(crate) fn boot_as(hosts: &Hosts, plan: Plan, name: &str, address: Ipv4Addr) -> Self {
+        Self::run(hosts, plan, name, address).succeeds();
+        Self::met(hosts, plan, address)
+    }
+
+    /// Tries to boot it at host a, which refuses; why.
+    pub(crate) fn refused(hosts: &Hosts, plan: Plan) -> String {
+        let answer = Self::run(hosts, plan, MACHINE, FIRST_GUEST_ADDRESS);
+        assert_ne!(answer.code, 0, "{answer:?}");
+        answer.message
+    }
+
+    fn run(hosts: &Hosts, plan: Plan, name: &str, address: Ipv4Addr) -> Answer {
         let file = hosts.a.path(&format!("{name}.toml"));
         fs::write(&file, plan.specification(hosts, name, address)).unwrap();
-        hosts.a.godwit(&["vm", "run", &file.display().to_string()]).succeeds();
-        Self::met(hosts, plan, address)
+        hosts.a.godwit(&["vm", "run", &file.display().to_string()])
     }
 
     /// A guest that is booting at host a.

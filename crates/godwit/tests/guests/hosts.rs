@@ -112,7 +112,7 @@ impl Host {
         let config = format!(
             "name = \"{name}\"\nstate_dir = \"{directory}/state\"\nsocket = \"{directory}/agent.sock\"\n\
              listen = \"{address}:{AGENT_PORT}\"\nidentity_dir = \"{directory}/identity\"\n\
-             emulator = {emulator:?}\nmemory_reserve = \"1M\"\n\n\
+             emulator = {emulator:?}\nmemory_reserve = \"1M\"\nrepository = \"{directory}/repository\"\n\n\
              [accept.paths]\n{paths}\n[accept.bridges]\n\"{GUEST_BRIDGE}\" = \"{GUEST_BRIDGE}\"\n\n\
              [accept.taps]\n{OWN_TAP} = \"{OWN_TAP}\"\n\n\
              [peers.{peer}]\naddress = \"{peer_address}:{AGENT_PORT}\"\nmay_send = true\nmay_receive = true\n"

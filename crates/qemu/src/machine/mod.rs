@@ -145,7 +145,7 @@ pub enum NetModel {
     E1000,
 }
 
-/// A disk: a file or device that QEMU opens itself (`path`), or one that godwit serves (`image`, `size`).
+/// A disk: a file or device that QEMU opens itself (`path`), or one that godwit serves (`image`, `size`, `adopt`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Disk {
@@ -155,7 +155,11 @@ pub struct Disk {
     /// What a disk that is served begins as: the name of an image in the repository; nothing if it is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
-    /// How large a disk is that is served; as its image if it is absent.
+    /// A raw or qcow2 file that lies beneath a disk that is served; absolute path. It is read and never written; what the
+    /// machine writes is kept apart.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adopt: Option<PathBuf>,
+    /// How large a disk is that is served; as its image or file if it is absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub size: Option<ByteSize>,
     /// How the image is to be read; never guessed, because a guest can write a header into a raw image.

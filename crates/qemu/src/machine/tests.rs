@@ -76,11 +76,11 @@ fn errors_name_file_line_and_key() {
         ),
         (
             web1("path = \"/srv/vm/web1.qcow2\"\n", ""),
-            "web1.toml:8: disk[0]: needs a path that QEMU opens, or an image or a size that godwit serves",
+            "web1.toml:8: disk[0]: needs a path that QEMU opens, or an image, a size or a file to adopt for a disk that godwit serves",
         ),
         (
             web1("[[disk]]", "[[disk]]\nsize = \"1G\""),
-            "web1.toml:10: disk[0].path: stands beside image or size; either QEMU opens a file, or godwit serves a disk",
+            "web1.toml:10: disk[0].path: stands beside image, size or adopt; either QEMU opens a file, or godwit serves a disk",
         ),
         (
             web1("path = \"/srv/vm/web1.qcow2\"\n", "image = \"../debian\"\n"),

@@ -146,11 +146,12 @@ pub(crate) fn check_interface(key: &str, name: &str) -> Result<(), SpecError> {
 
 fn check_disk(key: &str, disk: &Disk) -> Result<(), SpecError> {
     match &disk.path {
-        Some(path) if disk.image.is_none() && disk.size.is_none() => {
+        Some(path) if disk.image.is_none() && disk.size.is_none() && disk.adopt.is_none() => {
             check_path(&format!("{key}.path"), path)?
         }
         Some(_) => {
-            let problem = "stands beside image or size; either QEMU opens a file, or godwit serves a disk";
+            let problem =
+                "stands beside image, size or adopt; either QEMU opens a file, or godwit serves a disk";
             return Err(SpecError::new(format!("{key}.path"), problem));
         }
         None => check_served(key, disk)?,
@@ -166,11 +167,18 @@ fn check_disk(key: &str, disk: &Disk) -> Result<(), SpecError> {
 
 /// A disk that godwit serves.
 fn check_served(key: &str, disk: &Disk) -> Result<(), SpecError> {
-    if disk.image.is_none() && disk.size.is_none() {
+    if disk.image.is_none() && disk.size.is_none() && disk.adopt.is_none() {
         return Err(SpecError::new(
             key,
-            "needs a path that QEMU opens, or an image or a size that godwit serves",
+            "needs a path that QEMU opens, or an image, a size or a file to adopt for a disk that godwit serves",
         ));
+    }
+    if let Some(file) = &disk.adopt {
+        check_path(&format!("{key}.adopt"), file)?;
+        if disk.image.is_some() {
+            let problem = "stands beside image; a disk begins as one of the two";
+            return Err(SpecError::new(format!("{key}.adopt"), problem));
+        }
     }
     if let Some(image) = &disk.image {
         let plain = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || "._-".contains(c);
@@ -183,7 +191,8 @@ fn check_served(key: &str, disk: &Disk) -> Result<(), SpecError> {
     if disk.size.is_some_and(|size| size.bytes() == 0) {
         return Err(SpecError::new(format!("{key}.size"), "0 isn't the size of a disk"));
     }
-    if disk.format != DiskFormat::default() || disk.cache != DiskCache::default() {
+    let is_read = disk.format == DiskFormat::default() || disk.adopt.is_some();
+    if !is_read || disk.cache != DiskCache::default() {
         return Err(SpecError::new(
             key,
             "has a format or cache, which are for files that QEMU opens; leave them out",
