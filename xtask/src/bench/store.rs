@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!   fio ──NBD──► godwit disk-server ────► data, map
-//!   fio ──NBD──► qemu-storage-daemon ──┬► a raw file
-//!                                      └► a qcow2
+//!   fio ──NBD──► qemu-storage-daemon ──┬► a raw file      where the disk was written before
+//!                                      └► a qcow2         where it is written for the first time
 //!   fio ─────────────────────────────────► a raw file
 //! ```
 //!
@@ -12,14 +12,20 @@
 
 mod contender;
 mod fio;
+mod image;
 mod page;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use serde::Serialize;
 
-use self::{contender::Contender, fio::Measured, page::Circumstances};
+use self::{
+    contender::{Contender, Served},
+    fio::Measured,
+    image::Figures,
+    page::Circumstances,
+};
 use crate::{product, provenance, setup};
 
 /// The page that a full bench writes, below the checkout.
@@ -106,14 +112,15 @@ pub(super) fn run(request: &Request) -> Result<()> {
     setup::run()?;
     setup::install_disk_clients()?;
     let binary = product::given_or_built(request.binary.as_deref())?;
+    let is_full = request.patterns.is_empty() && request.contenders.is_empty();
+    let figures = if is_full { Some(measure_images(request, &binary)?) } else { None };
     let rows = take_turns(request, &binary)?;
-    let text = page::render(&rows, &circumstances(request)?);
+    let text = page::render(&rows, figures.as_ref(), &circumstances(request)?);
     print!("{text}");
     if let Some(path) = &request.json {
         std::fs::write(path, serde_json::to_vec_pretty(&rows)?)
             .with_context(|| format!("cannot write {}", path.display()))?;
     }
-    let is_full = request.patterns.is_empty() && request.contenders.is_empty();
     let standard = is_full.then(|| godwit_sim::guest_image::workspace().join(PAGE));
     if let Some(path) = request.page.clone().or(standard) {
         std::fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
@@ -121,17 +128,28 @@ pub(super) fn run(request: &Request) -> Result<()> {
     Ok(())
 }
 
-fn take_turns(request: &Request, binary: &std::path::Path) -> Result<Vec<Row>> {
+fn measure_images(request: &Request, binary: &Path) -> Result<Figures> {
+    image::measure(binary, directory(request)?.path(), request.rounds)
+}
+
+/// A directory for a turn's files.
+fn directory(request: &Request) -> Result<tempfile::TempDir> {
+    Ok(match &request.directory {
+        Some(directory) => tempfile::tempdir_in(directory)?,
+        None => tempfile::tempdir()?,
+    })
+}
+
+fn take_turns(request: &Request, binary: &Path) -> Result<Vec<Row>> {
     let mut rows = Vec::new();
     for pattern in PATTERNS.iter().filter(|pattern| is_wanted(&request.patterns, pattern.name)) {
         for round in 1..=request.rounds {
             for contender in Contender::ALL.into_iter().filter(|it| is_wanted(&request.contenders, it.name()))
             {
-                let directory = match &request.directory {
-                    Some(directory) => tempfile::tempdir_in(directory)?,
-                    None => tempfile::tempdir()?,
-                };
-                let disk = contender.start(binary, directory.path(), DISK_MB, pattern.filled)?;
+                let directory = directory(request)?;
+                let (directory, filled) = (directory.path(), pattern.filled);
+                let served = Served { godwit: binary, directory, size_mb: DISK_MB, filled };
+                let disk = served.start(contender)?;
                 let measured = fio::run(pattern, &disk.target(), DISK_MB, request.seconds)
                     .with_context(|| format!("{} · {} · round {round}", contender.name(), pattern.name))?;
                 eprintln!(

@@ -17,12 +17,23 @@ pub(super) struct Measured {
     pub(super) p99_us: f64,
 }
 
+/// For some seconds, anywhere on the disk.
 pub(super) fn run(pattern: &Pattern, target: &Target, disk_mb: u64, seconds: u32) -> Result<Measured> {
+    let mut command = command(pattern, target, disk_mb);
+    command.args(["--time_based", "--norandommap"]).arg(format!("--runtime={seconds}"));
+    measured(&mut command)
+}
+
+/// Each part of the disk once.
+pub(super) fn once(pattern: &Pattern, target: &Target, disk_mb: u64) -> Result<Measured> {
+    measured(&mut command(pattern, target, disk_mb))
+}
+
+fn command(pattern: &Pattern, target: &Target, disk_mb: u64) -> Command {
     let mut command = Command::new("fio");
-    command.args(["--name=turn", "--output-format=json", "--time_based", "--randrepeat=0", "--norandommap"]);
+    command.args(["--name=turn", "--output-format=json", "--randrepeat=0"]);
     command.arg(format!("--rw={}", pattern.kind)).arg(format!("--bs={}", pattern.block));
-    command.arg(format!("--iodepth={}", pattern.queue_depth)).arg(format!("--runtime={seconds}"));
-    command.arg(format!("--size={disk_mb}M"));
+    command.arg(format!("--iodepth={}", pattern.queue_depth)).arg(format!("--size={disk_mb}M"));
     command.args(pattern.sync_every.map(|writes| format!("--fdatasync={writes}")));
     match target {
         Target::Socket(socket) => {
@@ -32,6 +43,10 @@ pub(super) fn run(pattern: &Pattern, target: &Target, disk_mb: u64, seconds: u32
             command.arg("--ioengine=io_uring").arg(format!("--filename={}", file.display()));
         }
     }
+    command
+}
+
+fn measured(command: &mut Command) -> Result<Measured> {
     let output = command.output().context("cannot run fio")?;
     if !output.status.success() {
         bail!("fio failed: {}", String::from_utf8_lossy(&output.stderr).trim());
