@@ -207,8 +207,12 @@ impl Repository {
     pub async fn chunk(&self, digest: ChunkDigest) -> Result<Bytes, RepositoryError> {
         let path = self.chunk_path(digest);
         let packed = self.read(&path).await?;
-        let content = packed::unpack(&packed, digest).map_err(|error: PackedError| damaged(&path, &error))?;
-        Ok(content.into())
+        // What unpacks and verifies it is work; whoever waits may have other things to do.
+        let unpacked = tokio::task::spawn_blocking(move || packed::unpack(&packed, digest)).await;
+        match unpacked {
+            Ok(content) => content.map_err(|error: PackedError| damaged(&path, &error)),
+            Err(panicked) => Err(damaged(&path, &panicked)),
+        }
     }
 
     async fn read(&self, path: &Path) -> Result<Bytes, RepositoryError> {

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use bytes::Bytes;
 use thiserror::Error;
 
 use super::manifest::ChunkDigest;
@@ -44,12 +45,14 @@ pub fn pack(content: &[u8]) -> io::Result<Vec<u8>> {
 ///
 /// # Errors
 /// [`PackedError`] says what is wrong with it.
-pub fn unpack(packed: &[u8], digest: ChunkDigest) -> Result<Vec<u8>, PackedError> {
+pub fn unpack(packed: &Bytes, digest: ChunkDigest) -> Result<Bytes, PackedError> {
     let (form, bytes) = packed.split_first().ok_or_else(|| PackedError::Form("it is empty".into()))?;
     let content = match *form {
-        STORED if bytes.len() as u64 <= CHUNK_BYTES => bytes.to_vec(),
+        STORED if bytes.len() as u64 <= CHUNK_BYTES => packed.slice(1..),
         STORED => return Err(PackedError::Form(format!("it has {} bytes", bytes.len()))),
-        COMPRESSED => zstd::bulk::decompress(bytes, CHUNK_BYTES as usize).map_err(PackedError::Unpack)?,
+        COMPRESSED => {
+            zstd::bulk::decompress(bytes, CHUNK_BYTES as usize).map_err(PackedError::Unpack)?.into()
+        }
         other => return Err(PackedError::Form(format!("it is kept in form {other}"))),
     };
     if ChunkDigest::of(&content) == digest { Ok(content) } else { Err(PackedError::Digest) }
@@ -67,7 +70,7 @@ mod tests {
         for (content, form) in [(plain, COMPRESSED), (random, STORED)] {
             let packed = pack(&content).expect("there is memory");
             assert_eq!(packed[0], form);
-            assert_eq!(unpack(&packed, ChunkDigest::of(&content)).expect("it is whole"), content);
+            assert_eq!(unpack(&packed.into(), ChunkDigest::of(&content)).expect("it is whole"), content);
         }
     }
 
@@ -81,19 +84,19 @@ mod tests {
                 let mut damaged = packed.clone();
                 damaged[at] ^= 0x10;
                 // Some bits of zstd's header say nothing about the content.
-                let same =
-                    unpack(&damaged, ChunkDigest::of(&content)).is_ok_and(|unpacked| unpacked == content);
-                let refused = unpack(&damaged, ChunkDigest::of(&content)).is_err();
+                let same = unpack(&damaged.clone().into(), ChunkDigest::of(&content))
+                    .is_ok_and(|unpacked| unpacked == content);
+                let refused = unpack(&damaged.clone().into(), ChunkDigest::of(&content)).is_err();
                 assert!(refused || same && packed[0] == COMPRESSED && at < 10, "byte {at}");
             }
         }
-        assert!(unpack(&[], ChunkDigest::ZERO).is_err());
+        assert!(unpack(&Bytes::new(), ChunkDigest::ZERO).is_err());
     }
 
     #[test]
     fn no_more_is_unpacked_than_a_chunk_has() {
         let bomb =
             [&[COMPRESSED], zstd::bulk::compress(&vec![0; 1 << 24], 1).expect("memory").as_slice()].concat();
-        assert!(matches!(unpack(&bomb, ChunkDigest::ZERO), Err(PackedError::Unpack(_))));
+        assert!(matches!(unpack(&bomb.into(), ChunkDigest::ZERO), Err(PackedError::Unpack(_))));
     }
 }

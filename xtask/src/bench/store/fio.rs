@@ -34,7 +34,7 @@ fn command(pattern: &Pattern, target: &Target, disk_mb: u64) -> Command {
     command.args(["--name=turn", "--output-format=json", "--randrepeat=0"]);
     command.arg(format!("--rw={}", pattern.kind)).arg(format!("--bs={}", pattern.block));
     command.arg(format!("--iodepth={}", pattern.queue_depth)).arg(format!("--size={disk_mb}M"));
-    command.args(pattern.sync_every.map(|writes| format!("--fdatasync={writes}")));
+    command.args(pattern.sync_every.map(|writes| format!("--fsync={writes}")));
     match target {
         Target::Socket(socket) => {
             command.arg("--ioengine=nbd").arg(format!("--uri=nbd+unix:///disk?socket={}", socket.display()));
