@@ -39,7 +39,7 @@ pub use record::Boot;
 pub use serve::{Base, NoBase, Served};
 pub use storage::{Storage, StorageFile};
 pub use store::{
-    CreateError, Ending, Extent, Extents, Flush, JournalSync, OpenError, Opening, Outcome, Source, Store,
-    StoreError, look,
+    CreateError, Ending, Extent, Extents, Fill, Flush, JournalSync, OpenError, Opening, Outcome, Source,
+    Store, StoreError, look,
 };
 pub use whole::{Checked, WholeError};

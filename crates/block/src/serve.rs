@@ -131,6 +131,13 @@ impl<B: Base> Served<B> {
                     served.at_desk(|desk| desk.fetched(chunk, content));
                 });
             }
+            Action::Fill(fill) => {
+                let written = fill.clone();
+                spawn_local(async move {
+                    let written = elsewhere(move || written.write()).await;
+                    served.at_desk(|desk| desk.filled(fill, written));
+                });
+            }
             Action::Sync(flush) => {
                 spawn_local(async move {
                     let result = elsewhere(move || flush.sync()).await;

@@ -8,6 +8,7 @@
 //! (`reconnect-delay`) and asks again for what wasn't answered.
 
 use std::{
+    fs::File,
     io,
     path::{Path, PathBuf},
 };
@@ -77,10 +78,15 @@ pub(crate) struct Create {
 /// [`DiskServerError`] says what failed.
 pub(crate) fn main(create: Create, server: DiskServer) -> Result<(), DiskServerError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    LocalSet::new().block_on(&runtime.map_err(DiskServerError::Begin)?, async {
+    let runtime = runtime.map_err(DiskServerError::Begin)?;
+    let lock = LocalSet::new().block_on(&runtime, async {
         server.create(create).await?;
         server.open_and_serve().await
-    })
+    })?;
+    // Threads that still write chunks of the image are waited for, before anyone else may have the disk.
+    drop(runtime);
+    drop(lock);
+    Ok(())
 }
 
 impl DiskServer {
@@ -100,7 +106,8 @@ impl DiskServer {
         opened.transpose()
     }
 
-    async fn open_and_serve(self) -> Result<(), DiskServerError> {
+    /// Returns the disk's lock.
+    async fn open_and_serve(self) -> Result<File, DiskServerError> {
         let mut disk = Disk::open(&self.directory, self.repository()?).await?;
         let opening = &disk.opening;
         tracing::info!(ending = ?opening.ending, blocks_lost = opening.blocks_lost, "opened");
@@ -110,7 +117,7 @@ impl DiskServer {
         }
     }
 
-    async fn serve<B: Base>(&self, disk: Disk, base: B) -> Result<(), DiskServerError> {
+    async fn serve<B: Base>(&self, disk: Disk, base: B) -> Result<File, DiskServerError> {
         let Disk { store, storage, lock, .. } = disk;
         let export = Export {
             name: "disk".to_owned(),
@@ -127,9 +134,8 @@ impl DiskServer {
         }
         // From here on nothing else runs in this thread, so no client is heard any more; what wasn't answered is asked again.
         served.at_desk(|desk| desk.close()).map_err(DiskServerError::Close)?;
-        drop(lock);
         tracing::info!("closed");
-        Ok(())
+        Ok(lock)
     }
 }
 

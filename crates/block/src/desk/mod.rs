@@ -4,7 +4,7 @@
 //! ```text
 //!   submit ──► attempt ──► replied
 //!                │  ▲
-//!                │  └──────────── fetched ◄── Fetch       a chunk of the base isn't here
+//!                │  └── filled ◄── Fill ◄── fetched ◄── Fetch      a chunk of the base isn't here
 //!                ├──► joins a flush ──► replied           it is to survive the host
 //!                └──► stalled until a flush               too much would be lost with the host
 //!
@@ -18,16 +18,16 @@ mod ahead;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{BTreeMap, VecDeque, btree_map::Entry};
+use std::collections::{BTreeMap, BTreeSet, VecDeque, btree_map::Entry};
 
 use bytes::Bytes;
 
 use self::ahead::ReadAhead;
 use crate::{
-    geometry::ChunkIndex,
+    geometry::{CHUNK_BYTES, ChunkIndex},
     nbd::{Allocation, Errno},
     storage::Storage,
-    store::{Extent, Flush, JournalSync, Outcome, Source, Store, StoreError},
+    store::{Extent, Fill, Flush, JournalSync, Outcome, Source, Store, StoreError},
 };
 
 /// Extents that are told of at a time: more are asked for again.
@@ -110,6 +110,8 @@ pub enum Action<F> {
     Reply(RequestId, Reply),
     /// Fetch a chunk of the base, then call [`Desk::fetched`].
     Fetch(ChunkIndex),
+    /// Run [`Fill::write`], then call [`Desk::filled`].
+    Fill(Fill<F>),
     /// Run [`Flush::sync`], then call [`Desk::data_synced`].
     Sync(Flush<F>),
     /// Run [`JournalSync::run`], then call [`Desk::journal_synced`].
@@ -141,6 +143,8 @@ pub struct Desk<S: Storage> {
     reads_base: bool,
     /// Chunks that are being fetched, and who waits for them.
     fetches: BTreeMap<ChunkIndex, Vec<Request>>,
+    /// Those of them that came and are being written: nothing else may change them.
+    filling: BTreeSet<ChunkIndex>,
     ahead: ReadAhead,
     /// Chunks to fetch when nothing is urgent, in this order.
     prefetch: VecDeque<ChunkIndex>,
@@ -150,7 +154,7 @@ pub struct Desk<S: Storage> {
     /// Requests that can go on only after a flush.
     stalled: VecDeque<Request>,
     /// Chunks that came and can be kept only after a flush.
-    unkept: Vec<(ChunkIndex, Bytes)>,
+    unkept: Vec<Fill<S::File>>,
     /// Why nothing can be written any more.
     broken: Option<String>,
     actions: Vec<Action<S::File>>,
@@ -171,6 +175,7 @@ impl<S: Storage> Desk<S> {
             control: Control::Here,
             reads_base: false,
             fetches: BTreeMap::new(),
+            filling: BTreeSet::new(),
             ahead: ReadAhead::default(),
             prefetch: VecDeque::new(),
             flush: FlushState::Idle,
@@ -222,19 +227,39 @@ impl<S: Storage> Desk<S> {
 
     /// A chunk of the base came, verified; or it can't be had.
     pub fn fetched(&mut self, chunk: ChunkIndex, content: Result<Bytes, FetchFailure>) {
-        match content.map(|content| (self.store.fill(chunk, &content), content)) {
-            Ok((Ok(Outcome::Done), _)) => self.retry(chunk),
-            Ok((Ok(_later), content)) => match self.broken.clone() {
-                Some(why) => self.fail_waiting(chunk, Errno::Io, &why),
-                None => {
-                    self.unkept.push((chunk, content));
-                    self.begin_flush();
-                }
-            },
-            Ok((Err(error), _)) => self.fail_waiting(chunk, errno(&error), &describe(&error)),
+        match content {
+            Ok(content) => {
+                self.filling.insert(chunk);
+                self.actions.push(Action::Fill(self.store.begin_fill(chunk, content)));
+            }
             Err(FetchFailure(why)) => self.fail_waiting(chunk, Errno::Io, &why),
         }
         self.fetch_in_background();
+    }
+
+    /// A chunk was written, or couldn't be.
+    pub fn filled(&mut self, fill: Fill<S::File>, written: std::io::Result<()>) {
+        match written {
+            Ok(()) => self.end_fill(fill),
+            Err(source) => {
+                let error = StoreError::Data { action: "write a chunk of the base", source };
+                self.fail_waiting(fill.chunk(), errno(&error), &describe(&error));
+            }
+        }
+        self.fetch_in_background();
+    }
+
+    fn end_fill(&mut self, fill: Fill<S::File>) {
+        let chunk = fill.chunk();
+        match (self.store.end_fill(&fill), self.broken.clone()) {
+            (Ok(Outcome::Done), _) => self.retry(chunk),
+            (Ok(_later), Some(why)) => self.fail_waiting(chunk, Errno::Io, &why),
+            (Ok(_later), None) => {
+                self.unkept.push(fill);
+                self.begin_flush();
+            }
+            (Err(error), _) => self.fail_waiting(chunk, errno(&error), &describe(&error)),
+        }
     }
 
     /// The data was synced, or wasn't.
@@ -267,9 +292,10 @@ impl<S: Storage> Desk<S> {
         for id in ids {
             self.reply(id, Reply::Done);
         }
-        for (chunk, content) in std::mem::take(&mut self.unkept) {
-            self.fetched(chunk, Ok(content));
+        for fill in std::mem::take(&mut self.unkept) {
+            self.end_fill(fill);
         }
+        self.fetch_in_background();
         for request in std::mem::take(&mut self.stalled) {
             self.submit(request);
         }
@@ -330,13 +356,19 @@ impl<S: Storage> Desk<S> {
     }
 
     fn attempt(&mut self, request: Request) {
-        let outcome = match &request.work {
+        match &request.work {
             Work::Read => return self.read(request),
             Work::Cache => return self.cache(&request),
+            _ => {}
+        }
+        if let Some(chunk) = self.being_filled(&request) {
+            return self.wait_for(chunk, request);
+        }
+        let outcome = match &request.work {
             Work::Write { bytes, .. } => self.store.write(request.offset, bytes),
             Work::Zero { .. } => self.store.zero(request.offset, request.length),
             Work::Discard { .. } => self.store.discard(request.offset, request.length),
-            Work::Flush | Work::Status { .. } => return,
+            Work::Read | Work::Cache | Work::Flush | Work::Status { .. } => return,
         };
         match outcome {
             Ok(Outcome::Done) => self.written(&request),
@@ -347,6 +379,14 @@ impl<S: Storage> Desk<S> {
             }
             Err(error) => self.fail(request.id, errno(&error), describe(&error)),
         }
+    }
+
+    /// A chunk that a request would change while it is written.
+    fn being_filled(&self, request: &Request) -> Option<ChunkIndex> {
+        let end = request.offset + request.length;
+        let touches =
+            |chunk: &ChunkIndex| chunk.offset() < end && request.offset < chunk.offset() + CHUNK_BYTES;
+        self.filling.iter().copied().find(touches)
     }
 
     fn written(&mut self, request: &Request) {
@@ -439,12 +479,14 @@ impl<S: Storage> Desk<S> {
     }
 
     fn retry(&mut self, chunk: ChunkIndex) {
+        self.filling.remove(&chunk);
         for request in self.fetches.remove(&chunk).unwrap_or_default() {
             self.submit(request);
         }
     }
 
     fn fail_waiting(&mut self, chunk: ChunkIndex, errno: Errno, why: &str) {
+        self.filling.remove(&chunk);
         for request in self.fetches.remove(&chunk).unwrap_or_default() {
             self.fail(request.id, errno, why.to_owned());
         }
@@ -468,6 +510,9 @@ impl<S: Storage> Desk<S> {
         for id in ids.into_iter().chain(joining) {
             self.fail(id, Errno::Io, why.clone());
         }
+        for fill in std::mem::take(&mut self.unkept) {
+            self.fail_waiting(fill.chunk(), Errno::Io, &why);
+        }
         self.broken = Some(why);
         for request in std::mem::take(&mut self.stalled) {
             self.submit(request);
@@ -481,8 +526,8 @@ impl<S: Storage> Desk<S> {
         for id in ids.into_iter().chain(joining).chain(stalled) {
             self.fail(id, Errno::NoSpace, why.to_owned());
         }
-        for (chunk, _content) in std::mem::take(&mut self.unkept) {
-            self.fail_waiting(chunk, Errno::NoSpace, why);
+        for fill in std::mem::take(&mut self.unkept) {
+            self.fail_waiting(fill.chunk(), Errno::NoSpace, why);
         }
     }
 

@@ -26,17 +26,33 @@ fn write(cookie: u64, offset: u64, bytes: &'static [u8], durable: bool) -> Reque
     request(cookie, offset, bytes.len() as u64, Work::Write { bytes: Bytes::from_static(bytes), durable })
 }
 
-/// What was asked of whoever has the desk, in short.
+/// What was asked of whoever has the desk, in short. Chunks that came are written at once.
 fn told(desk: &mut TestDesk) -> Vec<String> {
     let tell = |action: &Action<_>| match action {
         Action::Reply(id, Reply::Failed(errno, _)) => format!("{} {errno:?}", id.cookie),
         Action::Reply(id, Reply::Read(_)) => format!("{} read", id.cookie),
         Action::Reply(id, _) => format!("{} done", id.cookie),
         Action::Fetch(chunk) => format!("fetch {}", chunk.0),
+        Action::Fill(fill) => format!("fill {}", fill.chunk().0),
         Action::Sync(_) => "sync".into(),
         Action::SyncJournal(_) => "sync journal".into(),
     };
-    desk.take_actions().iter().map(tell).collect()
+    let mut told = Vec::new();
+    loop {
+        let actions = desk.take_actions();
+        if actions.is_empty() {
+            return told;
+        }
+        for action in actions {
+            match action {
+                Action::Fill(fill) => {
+                    let written = fill.write();
+                    desk.filled(fill, written);
+                }
+                action => told.push(tell(&action)),
+            }
+        }
+    }
 }
 
 fn content(chunk: u32) -> Result<Bytes, FetchFailure> {
@@ -67,6 +83,26 @@ fn who_waits_for_one_chunk_is_served_in_order_and_it_is_fetched_once() {
     assert_eq!(told(&mut desk), ["fetch 0"]);
     desk.fetched(ChunkIndex(0), content(7));
     assert_eq!(told(&mut desk), ["1 done", "2 read", "3 read"]);
+}
+
+#[test]
+fn whatever_changes_a_chunk_waits_while_it_is_filled() {
+    let (mut desk, _) = desk();
+    desk.submit(request(1, 0, 512, Work::Read));
+    assert_eq!(told(&mut desk), ["fetch 0"]);
+    desk.fetched(ChunkIndex(0), content(7));
+    let Some(Action::Fill(fill)) = desk.take_actions().pop() else { panic!("it is to be written") };
+    desk.submit(write(2, 8192, &BLOCK, false));
+    desk.submit(request(3, CHUNK_BYTES - 4096, 8192, Work::Zero { durable: false }));
+    desk.submit(write(4, CHUNK_BYTES, &BLOCK, false));
+    assert_eq!(told(&mut desk), ["4 done"]);
+    let written = fill.write();
+    desk.filled(fill, written);
+    assert_eq!(told(&mut desk), ["1 read", "2 done", "3 done"]);
+    let mut bytes = [0; 4096];
+    assert_eq!(desk.store().read(8192, &mut bytes).expect("nothing fails"), Outcome::Done);
+    assert_eq!(bytes, BLOCK);
+    assert!(desk.is_drained());
 }
 
 #[test]

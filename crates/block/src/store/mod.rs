@@ -17,7 +17,7 @@
 //! they tell the digest of, and copies of the base only once their digest was compared again ([`Store::open`]).
 //!
 //! The store waits for nothing: what it can't do yet it says ([`Outcome`]), and the slow parts of a flush are handed out
-//! to be done in another thread ([`Store::begin_flush`]).
+//! to be done in another thread ([`Store::begin_flush`]), as is the writing of a chunk that came ([`Store::begin_fill`]).
 
 #[cfg(test)]
 pub(crate) mod crash_storage;
@@ -40,6 +40,7 @@ pub use self::{
     extents::{Extent, Extents, Source},
     flush::{Flush, JournalSync},
     open::{CreateError, Ending, OpenError, Opening, look},
+    write::Fill,
 };
 use crate::{
     base::BaseOutline,

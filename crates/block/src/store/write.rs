@@ -1,16 +1,49 @@
 //! Requests that change the disk.
 
-use std::borrow::Cow;
+use std::{borrow::Cow, io};
+
+use bytes::Bytes;
 
 use super::{Outcome, Store, StoreError, data_error};
 use crate::{
-    geometry::{BLOCK_BYTES, Blocks, ChunkIndex, Piece},
+    geometry::{BLOCK_BYTES, Blocks, ChunkIndex, Geometry, Piece},
     map::Place,
     record::{Event, digest_content},
     storage::{Storage, StorageFile},
 };
 
 const BLOCK: u32 = BLOCK_BYTES as u32;
+
+/// A chunk of the base on its way into the data file.
+#[derive(Clone, Debug)]
+#[must_use]
+pub struct Fill<F> {
+    chunk: ChunkIndex,
+    /// The blocks that aren't here yet.
+    missing: Blocks,
+    content: Bytes,
+    geometry: Geometry,
+    data: F,
+}
+
+impl<F: StorageFile> Fill<F> {
+    /// Which chunk it is.
+    pub fn chunk(&self) -> ChunkIndex {
+        self.chunk
+    }
+
+    /// Writes it; slow, in any thread. What the file has in these blocks' places counts for nothing until the fill has ended.
+    ///
+    /// # Errors
+    /// What the file system says.
+    pub fn write(&self) -> io::Result<()> {
+        for run in self.missing.runs() {
+            let piece = self.geometry.span(self.chunk, run);
+            self.data.write_at(piece.offset(), &self.content[piece.start as usize..piece.end as usize])?;
+        }
+        Ok(())
+    }
+}
 
 impl<S: Storage> Store<S> {
     /// Writes `bytes` at `offset`.
@@ -73,18 +106,30 @@ impl<S: Storage> Store<S> {
     /// # Errors
     /// [`StoreError`] says what failed; then nothing has changed.
     pub fn fill(&mut self, chunk: ChunkIndex, content: &[u8]) -> Result<Outcome, StoreError> {
+        let fill = self.begin_fill(chunk, Bytes::copy_from_slice(content));
+        fill.write().map_err(data_error("write a chunk of the base"))?;
+        self.end_fill(&fill)
+    }
+
+    /// Begins to take the content that the base has of a chunk. Until [`Store::end_fill`] nothing may change the chunk.
+    pub fn begin_fill(&self, chunk: ChunkIndex, content: Bytes) -> Fill<S::File> {
         debug_assert_eq!(content.len(), self.geometry().chunk_bytes(chunk) as usize);
+        let missing = self.state(chunk).at(Place::Base) & self.geometry().blocks(chunk);
+        Fill { chunk, missing, content, geometry: self.geometry(), data: self.data.clone() }
+    }
+
+    /// Ends with a chunk that was written ([`Fill::write`]).
+    ///
+    /// # Errors
+    /// [`StoreError`] says what failed; then nothing has changed.
+    pub fn end_fill(&mut self, fill: &Fill<S::File>) -> Result<Outcome, StoreError> {
         if self.unsealed.is_full() {
             return Ok(Outcome::NeedsFlush);
         }
-        let missing = self.state(chunk).at(Place::Base) & self.geometry().blocks(chunk);
-        for run in missing.runs() {
-            let piece = self.geometry().span(chunk, run);
-            let part = &content[piece.start as usize..piece.end as usize];
-            self.data.write_at(piece.offset(), part).map_err(data_error("write a chunk of the base"))?;
-        }
+        let missing = fill.missing & self.state(fill.chunk).at(Place::Base);
+        debug_assert_eq!(missing, fill.missing, "a chunk was changed while it was filled");
         if !missing.is_empty() {
-            self.change(chunk, missing, Event::Fetched)?;
+            self.change(fill.chunk, missing, Event::Fetched)?;
         }
         Ok(Outcome::Done)
     }

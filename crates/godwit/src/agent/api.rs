@@ -62,6 +62,7 @@ fn described() -> OpenApiRouter<Arc<Agent>> {
         .routes(routes!(adopt_machine))
         .routes(routes!(show_machine, remove_machine))
         .routes(routes!(stop_machine))
+        .routes(routes!(resume_machine))
         .routes(routes!(kill_machine))
         .routes(routes!(list_disks))
         .routes(routes!(show_disk, remove_disk))
@@ -209,6 +210,13 @@ async fn stop_machine(
     Body(request): Body<StopRequest>,
 ) -> Answer<Machine> {
     agent.stop_machine(&name, Duration::from_millis(request.timeout_ms)).await.map(Json)
+}
+
+/// Let a guest go on that stopped because a disk couldn't be read or written
+#[utoipa::path(post, path = "/v1/machines/{name}/resume", responses(
+    (status = OK, body = Machine), (status = NOT_FOUND, body = Problem), (status = CONFLICT, body = Problem)))]
+async fn resume_machine(State(agent): Shared, Path(name): Path<String>) -> Answer<Machine> {
+    agent.resume_machine(&name).await.map(Json)
 }
 
 /// End a machine at once

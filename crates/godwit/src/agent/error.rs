@@ -31,6 +31,8 @@ pub(super) enum Refusal {
     Runs(String),
     #[error("{0} is off")]
     Off(String),
+    #[error("{0} wasn't stopped by a disk that failed, so there is nothing to resume")]
+    NotStopped(String),
     #[error("{machine} is busy: {doing}")]
     Busy { machine: String, doing: String },
     #[error(

@@ -1,4 +1,4 @@
-//! What is asked about machines: run, list, stop, kill, remove.
+//! What is asked about machines: run, list, stop, resume, kill, remove.
 
 use std::{
     collections::BTreeMap,
@@ -10,7 +10,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use godwit_migration::handover::Epoch;
 use godwit_qemu::{
     machine::Spec,
-    qmp::{self, QmpError},
+    qmp::{self, QmpError, RunState},
 };
 use tokio::time::{Instant, interval, sleep};
 
@@ -116,6 +116,22 @@ impl Agent {
             return Err(AgentError::StillRunning { machine: name.to_owned(), timeout });
         }
         launch::clear(&directory).await;
+        self.view(name, &directory, false).await
+    }
+
+    /// Lets a guest go on that QEMU stopped because a disk couldn't be read or written.
+    pub(super) async fn resume_machine(&self, name: &str) -> Result<Machine, AgentError> {
+        let directory = self.known(name)?;
+        let running = running(&directory)?.ok_or_else(|| Refusal::Off(name.to_owned()))?;
+        let _claim = self.busy.claim(name, "it is being resumed")?;
+        ownership::check(name, &directory)?;
+        let monitor = monitor(&directory, &running).await?;
+        // In every other state it is somebody else who decides whether it runs, above all a hand-over.
+        if monitor.query_status().await?.state != RunState::IoError {
+            return Err(Refusal::NotStopped(name.to_owned()).into());
+        }
+        monitor.cont().await?;
+        tracing::info!(machine = name, "resumed");
         self.view(name, &directory, false).await
     }
 

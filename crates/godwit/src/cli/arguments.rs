@@ -391,6 +391,14 @@ pub(super) enum VmVerb {
         #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
         timeout: Duration,
     },
+    /// Let a guest go on that stopped because a disk of it couldn't be read or written, as on a host without space
+    #[command(
+        after_help = "Example:\n  godwit vm show web1     # its state is io-error\n  godwit vm resume web1"
+    )]
+    Resume {
+        /// The machine
+        name: String,
+    },
     /// End a machine at once, as by pulling the plug
     Kill {
         /// The machine

@@ -40,6 +40,10 @@ pub(super) async fn run(client: &Client, verb: VmVerb, output: Output) -> Result
             let machine: Machine = client.post(&path(&name, "/stop"), &stop_request(timeout)).await?;
             output.answer(&machine, |machine| format!("{} is off", machine.name));
         }
+        VmVerb::Resume { name } => {
+            let machine: Machine = client.post(&path(&name, "/resume"), &()).await?;
+            output.answer(&machine, |machine| format!("{} goes on", machine.name));
+        }
         VmVerb::Kill { name } => {
             let machine: Machine = client.post(&path(&name, "/kill"), &()).await?;
             output.answer(&machine, |machine| format!("{} is off", machine.name));

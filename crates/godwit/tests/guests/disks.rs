@@ -3,6 +3,7 @@
 use std::{fs, path::Path, process::Command, thread::sleep, time::Duration};
 
 use nix::{
+    mount::{MntFlags, MsFlags, mount, umount2},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -139,6 +140,46 @@ fn a_file_is_adopted_without_being_copied_or_changed() {
     fs::write(&qcow2, before).unwrap();
     let refused = Guest::refused(&hosts, Plan { disks, ..Plan::IDLE });
     assert!(refused.contains("was changed since it was adopted"), "{refused}");
+}
+
+#[test]
+fn a_host_without_space_stops_the_machine_and_its_guest_sees_nothing() {
+    let hosts = Hosts::new();
+    let disks = hosts.a.path("state/disks");
+    fs::create_dir_all(&disks).unwrap();
+    let place = Mounted::tmpfs(&disks, "size=6M");
+    let refused = hosts.a.godwit(&["vm", "resume", MACHINE]).fails(4);
+    assert!(refused.message.contains(MACHINE), "{refused:?}");
+    let guest = Guest::boot(&hosts, Plan { disks: DISKS, command: WRITE_AND_READ, ..Plan::IDLE });
+    guest.works_on();
+    eventually("it stops", || hosts.a.machine()["state"] == "io-error");
+    place.remount("size=64M");
+    hosts.a.godwit(&["vm", "resume", MACHINE]).succeeds();
+    guest.works_on();
+    let refused = hosts.a.godwit(&["vm", "resume", MACHINE]).fails(3);
+    assert!(refused.message.contains("nothing to resume"), "{refused:?}");
+    hosts.a.godwit(&["vm", "kill", MACHINE]).succeeds();
+}
+
+/// A file system in memory, until it is dropped.
+struct Mounted(std::path::PathBuf);
+
+impl Mounted {
+    fn tmpfs(at: &Path, options: &str) -> Self {
+        mount(Some("tmpfs"), at, Some("tmpfs"), MsFlags::empty(), Some(options)).unwrap();
+        Self(at.to_owned())
+    }
+
+    fn remount(&self, options: &str) {
+        mount(None::<&str>, &self.0, None::<&str>, MsFlags::MS_REMOUNT, Some(options)).unwrap();
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Whoever still has files there keeps them until they are closed.
+        let _ = umount2(&self.0, MntFlags::MNT_DETACH);
+    }
 }
 
 /// Brings an image of random bytes into a host's repository, called `root`.

@@ -94,7 +94,10 @@ fn one_round(godwit: &Path, directory: &Path, image: &Path) -> Result<Figures> {
         convert_raw_s: convert("raw")?.as_secs_f64(),
         ..Figures::default()
     };
-    let read = |disk: &Disk| fio::once(&ONCE, &disk.target(), IMAGE_MB).map(|read| read.mib_s);
+    let read = |disk: &Disk| {
+        nix::unistd::sync();
+        fio::once(&ONCE, &disk.target(), IMAGE_MB).map(|read| read.mib_s)
+    };
     let served = Served { godwit, directory: place.path(), size_mb: IMAGE_MB, filled: true };
     figures.first_touch_mib_s = read(&served.of_image(&repository, NAME)?)?;
     figures.daemon_mib_s = read(&served.of_file(Contender::Daemon, image)?)?;
@@ -134,6 +137,8 @@ fn import(godwit: &Path, repository: &Path, file: &Path, name: &str) -> Result<D
 }
 
 fn timed(command: &mut Command) -> Result<Duration> {
+    // What others left to be written would be this one's to wait for.
+    nix::unistd::sync();
     let began = Instant::now();
     let output = command.output().with_context(|| format!("cannot run {command:?}"))?;
     if !output.status.success() {
