@@ -9,6 +9,7 @@
 
 use std::{
     collections::HashSet,
+    ffi::OsString,
     fs::{DirBuilder, File, OpenOptions, TryLockError},
     io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, OpenOptionsExt},
@@ -207,17 +208,21 @@ impl Disk {
         }
         let geometry = Geometry::new(size_bytes)?;
         let directory = |source| DiskError::Directory { path: path.to_owned(), source };
-        DirBuilder::new().mode(0o700).create(path).map_err(directory)?;
-        let made = origin.keep(path).map_err(directory).and_then(|base| {
+        // Under another name until it is whole: whoever dies here leaves nothing that looks like a disk.
+        let making = unfinished(path);
+        let _ = std::fs::remove_dir_all(&making);
+        DirBuilder::new().mode(0o700).create(&making).map_err(directory)?;
+        let made = origin.keep(&making).map_err(directory).and_then(|base| {
             let identity = Identity { disk: id, base, geometry };
-            let mut store =
-                Store::create(Directory::new(path), identity, BaseOutline::blank(), Boot([0; 16]))
-                    .map_err(|source| DiskError::Create { path: path.to_owned(), source })?;
-            store.close().map_err(|source| DiskError::Close { path: path.to_owned(), source })
+            let storage = Directory::new(&making);
+            let mut store = Store::create(storage, identity, BaseOutline::blank(), Boot([0; 16]))
+                .map_err(|source| DiskError::Create { path: path.to_owned(), source })?;
+            store.close().map_err(|source| DiskError::Close { path: path.to_owned(), source })?;
+            finish(&making, path).map_err(directory)
         });
         if made.is_err() {
-            // What can't be removed either stays; the error that is told is the first.
-            let _ = std::fs::remove_dir_all(path);
+            // What can't be removed either is removed by the next who makes it; the error that is told is the first.
+            let _ = std::fs::remove_dir_all(&making);
         }
         made
     }
@@ -259,13 +264,35 @@ impl Disk {
     }
 }
 
+/// Where a disk is until it is whole. No disk's name begins with a dot.
+fn unfinished(path: &Path) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    path.with_file_name(name)
+}
+
+/// Gives a disk that is whole its name, for good.
+fn finish(making: &Path, path: &Path) -> io::Result<()> {
+    if path.exists() {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    std::fs::rename(making, path)?;
+    match path.parent() {
+        Some(parent) => File::open(parent)?.sync_all(),
+        None => Ok(()),
+    }
+}
+
 /// Removes a disk that nobody has open, with all that it has.
 ///
 /// # Errors
 /// [`DiskError::Locked`] says who has it.
 pub fn remove(path: &Path) -> Result<(), DiskError> {
     let _lock = lock(path)?;
-    std::fs::remove_dir_all(path).map_err(|source| DiskError::Directory { path: path.to_owned(), source })
+    let failed = |source| DiskError::Directory { path: path.to_owned(), source };
+    let going = unfinished(path);
+    let _ = std::fs::remove_dir_all(&going);
+    std::fs::rename(path, &going).and_then(|()| std::fs::remove_dir_all(&going)).map_err(failed)
 }
 
 /// The file that a disk adopted, if it did.

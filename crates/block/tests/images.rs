@@ -159,6 +159,20 @@ async fn a_disk_is_exported_as_its_machine_sees_it() {
 }
 
 #[tokio::test]
+async fn what_was_left_of_a_disk_that_was_being_made_is_in_nobodys_way() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("disk");
+    std::fs::create_dir(directory.path().join(".disk")).unwrap();
+    std::fs::write(directory.path().join(".disk/map.0"), "half of it").unwrap();
+    let create = || Disk::create(&path, DiskId([5; 16]), Some(1 << 20), &Origin::Nothing);
+    create().unwrap();
+    assert!(create().is_err());
+    Disk::open(&path, None).await.unwrap().close().unwrap();
+    godwit_block::disk::remove(&path).unwrap();
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
 async fn copies_of_an_image_that_rot_are_found_and_fetched_anew() {
     let directory = tempfile::tempdir().unwrap();
     let repository = repository(directory.path());

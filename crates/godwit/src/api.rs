@@ -89,10 +89,12 @@ pub(crate) struct Machine {
 }
 
 /// A disk that this host serves, or has served.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub(crate) struct DiskView {
     /// Its name: the machine's, a dot, and its number there.
     pub name: String,
+    /// Why nothing more is known of it.
+    pub problem: Option<String>,
     /// Its size.
     pub size_bytes: u64,
     /// The id of the image that it began as.
@@ -112,6 +114,13 @@ pub(crate) struct DiskView {
     /// The same of parts of equal size, in order; only for a single disk.
     #[serde(skip_serializing_if = "Vec::is_empty", default)]
     pub parts: Vec<Places>,
+}
+
+impl DiskView {
+    /// A disk of which only this is known.
+    pub(crate) fn unreadable(name: String, problem: String) -> Self {
+        Self { name, problem: Some(problem), ..Self::default() }
+    }
 }
 
 /// How much of a disk is where, in bytes.

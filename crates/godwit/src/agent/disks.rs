@@ -199,7 +199,8 @@ impl Agent {
     pub(super) async fn list_disks(&self) -> Result<Vec<DiskView>, AgentError> {
         let mut disks = Vec::new();
         for name in self.state.disks()? {
-            disks.push(self.look_at(&name, 0).await?);
+            let looked = self.look_at(&name, 0).await;
+            disks.push(looked.unwrap_or_else(|error| DiskView::unreadable(name, error.to_string())));
         }
         Ok(disks)
     }
@@ -238,6 +239,7 @@ impl Agent {
         let beneath = beneath.map(|adopted| adopted.path);
         Ok(DiskView {
             name: name.to_owned(),
+            problem: None,
             size_bytes: identity.geometry.size_bytes(),
             image: identity.base.to_hex().filter(|_| beneath.is_none()),
             beneath,

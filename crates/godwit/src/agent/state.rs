@@ -150,6 +150,8 @@ impl StateDir {
     /// If the directory can't be read.
     pub(crate) fn disks(&self) -> Result<Vec<String>, StateError> {
         let mut names = list(&self.root.join("disks"))?;
+        // One that is being made or removed.
+        names.retain(|name| !name.starts_with('.'));
         names.sort();
         Ok(names)
     }

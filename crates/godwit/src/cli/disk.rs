@@ -145,6 +145,9 @@ fn list(disks: &[DiskView]) -> String {
 
 /// What it began as.
 fn image(disk: &DiskView) -> String {
+    if let Some(problem) = &disk.problem {
+        return format!("can't be read: {problem}");
+    }
     if let Some(file) = &disk.beneath {
         return file.display().to_string();
     }
@@ -196,8 +199,10 @@ mod tests {
             written_bytes,
             zero_bytes,
         };
+        let broken = DiskView::unreadable("web2.0".into(), "no disk".into());
         let disk = DiskView {
             name: "web1.0".into(),
+            problem: None,
             size_bytes: 4 << 20,
             image: Some("ab".repeat(32)),
             beneath: None,
@@ -209,7 +214,8 @@ mod tests {
         };
         let drawn = show(&disk);
         assert!(drawn.contains("\n█▒0·\n"), "{drawn}");
-        assert!(list(&[disk]).contains("abababababab"));
+        let listed = list(&[disk, broken]);
+        assert!(listed.contains("abababababab") && listed.contains("can't be read: no disk"), "{listed}");
         assert!(list(&[]).starts_with("no disks"));
     }
 }
