@@ -22,7 +22,7 @@ pub(super) fn check(file: &Path) -> Result<String> {
 /// How many of the guest's files are what their names say.
 pub(super) fn count(file: &Path, directory: &Path) -> Result<u64> {
     fs::create_dir_all(directory)?;
-    let dump = format!("rdump /work {}", directory.display());
+    let dump = format!("rdump /files {}", directory.display());
     run(Command::new("debugfs").arg("-R").arg(dump).arg(file))?;
     let listed = run(Command::new("find").arg(directory).args(["-type", "f", "-exec", "md5sum", "{}", "+"]))?;
     let mut right = 0;
