@@ -179,7 +179,7 @@ impl<B: Base> Served<B> {
             return client.answer(|replies, out| replies.zeros(cookie, offset, length as u32, out));
         }
         if extents.iter().any(|extent| matches!(extent.source, Source::Base(_))) {
-            return self.answer_read_of_base(client, cookie, extents, length as usize);
+            return self.answer_read_later(client, cookie, extents, length as usize);
         }
         let at_once = client.answer_with(cookie, offset, length as usize, |bytes| {
             read_extents(&extents, bytes, |at, part| self.data.read_at_once(at, part))
@@ -191,8 +191,8 @@ impl<B: Base> Served<B> {
         }
     }
 
-    /// Reads what is partly in a base that is near.
-    fn answer_read_of_base(
+    /// Reads what is in a base that is near, or not in the host's memory.
+    fn answer_read_later(
         self: &Rc<Self>,
         client: &Rc<Client>,
         cookie: u64,
@@ -231,25 +231,6 @@ impl<B: Base> Served<B> {
                 .await
             }
         }
-    }
-
-    fn answer_read_later(&self, client: &Rc<Client>, cookie: u64, extents: Vec<Extent>, length: usize) {
-        let (client, data) = (Rc::clone(client), self.data.clone());
-        let offset = extents.first().map_or(0, |extent| extent.offset);
-        spawn_local(async move {
-            let read = elsewhere(move || {
-                let mut bytes = vec![0; length];
-                read_extents(&extents, &mut bytes, |at, part| data.read_at(at, part).map(|()| true))?;
-                Ok(bytes)
-            });
-            match read.await {
-                Ok(bytes) => client.answer(|replies, out| {
-                    replies.data_header(cookie, offset, length as u32, out);
-                    out.extend_from_slice(&bytes);
-                }),
-                Err(error) => client.fail(cookie, Errno::Io, &error),
-            }
-        });
     }
 }
 
