@@ -91,11 +91,14 @@ pub(crate) fn main(create: Create, server: DiskServer) -> Result<(), DiskServerE
 
 impl DiskServer {
     async fn create(&self, create: Create) -> Result<(), DiskServerError> {
-        let origin = match (create.image, self.repository()?) {
-            (Some(image), Some(repository)) => Origin::Image(repository.manifest_called(&image).await?),
-            (Some(_), None) => return Err(DiskError::NoRepository(self.directory.clone()).into()),
-            (None, _) if create.size_bytes.is_none() => return Ok(()),
-            (None, _) => Origin::Nothing,
+        let origin = match create.image {
+            Some(image) => {
+                let repository = self.repository()?;
+                let repository = repository.ok_or_else(|| DiskError::NoRepository(self.directory.clone()))?;
+                Origin::Image(repository.manifest_called(&image).await?)
+            }
+            None if create.size_bytes.is_none() => return Ok(()),
+            None => Origin::Nothing,
         };
         let id = DiskId(fastrand::u128(..).to_le_bytes());
         Ok(Disk::create(&self.directory, id, create.size_bytes, &origin)?)

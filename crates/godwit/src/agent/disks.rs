@@ -67,6 +67,13 @@ impl Servers {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// The process that serves the disk of this name.
+    fn pid_of(&self, disk: &str) -> Option<i32> {
+        let servers = self.lock();
+        let server = servers.iter().find(|((machine, index), _)| format!("{machine}.{index}") == disk);
+        server.map(|(_, process)| process).filter(|process| process.is_alive()).map(|process| process.pid)
+    }
+
     fn dead(&self) -> Vec<(String, usize)> {
         self.lock().iter().filter(|(_, process)| !process.is_alive()).map(|(of, _)| of.clone()).collect()
     }
@@ -225,25 +232,21 @@ impl Agent {
     async fn look_at(&self, name: &str, parts: usize) -> Result<DiskView, AgentError> {
         let directory = self.disk_path(name)?;
         let path = directory.clone();
-        let looked = spawn_blocking(move || look(&Directory::new(path))).await;
-        let (identity, map) = match looked {
-            Ok(looked) => {
-                looked.map_err(|error| AgentError::Disk(format!("{name}: {}", one_line(&error))))?
-            }
-            Err(panicked) => return Err(AgentError::Disk(panicked.to_string())),
-        };
-        let servers = self.servers.lock();
-        let server = servers.iter().find(|((machine, index), _)| format!("{machine}.{index}") == name);
-        let places = Part::of_all(&identity, &map);
-        let beneath = disk::beneath(&directory).map_err(|error| AgentError::Disk(one_line(&error)))?;
-        let beneath = beneath.map(|adopted| adopted.path);
+        let looked = spawn_blocking(move || {
+            let (identity, map) = look(&Directory::new(path.clone())).map_err(|error| one_line(&error))?;
+            let beneath = disk::beneath(&path).map_err(|error| one_line(&error))?;
+            Ok((Part::of_all(&identity, &map), identity, beneath.map(|adopted| adopted.path)))
+        });
+        let looked = looked.await.map_err(|panicked| panicked.to_string()).flatten();
+        let (places, identity, beneath) =
+            looked.map_err(|problem: String| AgentError::Disk(format!("{name}: {problem}")))?;
         Ok(DiskView {
             name: name.to_owned(),
             problem: None,
             size_bytes: identity.geometry.size_bytes(),
             image: identity.base.to_hex().filter(|_| beneath.is_none()),
             beneath,
-            server_pid: server.filter(|(_, process)| process.is_alive()).map(|(_, process)| process.pid),
+            server_pid: self.servers.pid_of(name),
             directory,
             repository: self.config.repository.clone(),
             total: places.iter().fold(Places::default(), |sum, part| part.add_to(sum)),

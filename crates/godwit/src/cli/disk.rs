@@ -80,13 +80,13 @@ async fn export(view: &DiskView, to: &Path, output: Output) -> Result<(), Failur
     });
     let exported = exported.await;
     bar.finish_and_clear();
-    disk.close()?;
-    exported.inspect_err(|error| {
-        // A file that was there before isn't ours to remove.
-        if !matches!(error, WholeError::Exists(_)) {
-            let _ = std::fs::remove_file(to);
-        }
-    })?;
+    // A file that was there before isn't ours to remove.
+    if exported.as_ref().is_err_and(|error| !matches!(error, WholeError::Exists(_))) {
+        let _ = std::fs::remove_file(to);
+    }
+    let closed = disk.close();
+    exported?;
+    closed?;
     let told = json!({ "name": view.name, "file": to, "size_bytes": view.size_bytes });
     output.answer(&told, |_| format!("{} is in {}: {}", view.name, to.display(), size(view.size_bytes)));
     Ok(())
